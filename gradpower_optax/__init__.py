@@ -1,0 +1,21 @@
+"""GradPower for optax: the elementwise gradient power, before any optimizer."""
+
+from gradpower_optax.optimizers import (
+  adagrad_power,
+  adam_power,
+  adamw_power,
+  lion_power,
+  muon_power,
+)
+from gradpower_optax.sign_power import sign_power
+
+__version__ = '0.1.0'
+
+__all__ = (
+  'adagrad_power',
+  'adam_power',
+  'adamw_power',
+  'lion_power',
+  'muon_power',
+  'sign_power',
+)

@@ -1,0 +1,289 @@
+r"""The signed power :math:`\varphi_p(x) = \mathrm{sign}(x)\,|x|^p`.
+
+Two forms of one function: :func:`reference` is the formula as the paper prints
+it (arXiv 2505.24275, Section 3), :func:`signed_power` the one that the
+transform runs. The reference rounds p to the array's dtype and, in float32,
+is several units in the last place off (60 at the ends of the range), while a
+float32 ``pow`` makes an AdamW update on a CPU several times as long. The fast
+form writes, with q = p - 1,
+
+.. math:: \varphi_p(x) = x \cdot 2^{q \log_2 |x|},
+
+so that sign, zeros, infinities and NaN come from the one multiplication by x,
+and only a factor close to 1 (p is) has to be computed. The factor is a few
+integer operations, two short polynomials and nothing that XLA counts as
+expensive: it fuses into whatever reads the gradient, on every backend.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# A power of x is split as |x| = 2^(e - 127) m, 1 <= m < 2, and log2(m) expanded
+# about _CENTER, near sqrt(2), where it is close to one half. The coefficients
+# are minimax fits (Lawson's algorithm, in double precision) on that interval;
+# `tests/gradpower_optax/power_test.py` measures their error.
+_CENTER = 181 / 128
+_LOG2_8 = (0.4998459271647994, 1.0202481787260076, -0.36075746982058665,
+           0.17009420513300666, -0.09003976381416864, 0.050688901814563356,
+           -0.03134859935921738, 0.021027435612573735,
+           -0.009088908626851962)  # fmt: skip
+_LOG2_9 = (0.4998458860627066, 1.0202482955566474, -0.3607505869650627,
+           0.1700865647851453, -0.09021946020212537, 0.050875787457404544,
+           -0.029829905173593643, 0.019234520907806668,
+           -0.013165462169743375, 0.005547595098928544)  # fmt: skip
+# (2^f - 1) / f for |f| <= 1/2, in float32: each rounded, the rest refitted.
+_EXP2 = (0.6931471824645996, 0.24022647738456726, 0.05550359934568405,
+         0.009618505835533142, 0.0013390807434916496,
+         0.0001532647293061018)  # fmt: skip
+
+# Up to this |p - 1| a degree 8 logarithm without compensation stays within two
+# units in the last place; beyond it errors of the logarithm are magnified.
+_NEAR_ONE = 0.3
+
+_f32 = np.float32
+
+
+def reference(x: jax.Array, p: Any, eps: float = 0.0) -> jax.Array:
+  """The signed power as printed: ``sign(x) * (abs(x) + eps) ** p``.
+
+  Args:
+    x: Real floating array of any shape.
+    p: The power.
+    eps: Added to the magnitude.
+
+  Returns:
+    An array of x's shape and dtype. Exact to the dtype's ``pow``; give it
+    float64 to judge a float32 result.
+  """
+  p = jnp.asarray(p, x.dtype)
+  return jnp.sign(x) * (jnp.abs(x) + jnp.asarray(eps, x.dtype)) ** p
+
+
+def signed_power(x: jax.Array, p: Any, eps: Any = 0.0) -> jax.Array:
+  r"""Computes :math:`\mathrm{sign}(x)(|x| + \epsilon)^p` per element.
+
+  Where input and result are normal float32 numbers and p is at most 3, the
+  result is within 2 units in the last place for eps = 0, and within p / 3 + 1
+  for greater p. Narrower dtypes are computed in float32 and rounded once;
+  float64 uses the backend's ``pow``. Subnormal float32 inputs and results are
+  flushed to zero where the backend does so (XLA on a CPU or TPU), and are
+  inaccurate where it does not.
+
+  The derivative with respect to x is :math:`p|x|^{p-1}`; at x = 0 (with eps =
+  0) it is 0, or 1 where p = 1, also for p < 1, where the true one is infinite.
+  The derivative with respect to p is :math:`\varphi_p(x)\log|x|`, 0 at 0.
+
+  Args:
+    x: Real floating array of any shape and sharding.
+    p: A Python number, taken as the double that it is, or a scalar array,
+      taken as the float32 (for a float64 x, the float64) value that it holds.
+    eps: Added to the magnitude: a number or a scalar array, >= 0.
+
+  Returns:
+    An array of x's shape, dtype and sharding.
+  """
+  static_p = None
+  if isinstance(p, (int, float)):
+    static_p = float(p)  # np.float64 is a float; make equal powers one jit key.
+  no_eps = isinstance(eps, (int, float)) and eps == 0
+  if static_p == 1.0 and no_eps:
+    return x
+  return _signed_power(x, p, eps, static_p, not no_eps)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _signed_power(x, p, eps, static_p, has_eps):
+  """Widens and narrows."""
+  dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
+  p = jnp.asarray(p, dtype)
+  eps = jnp.asarray(eps, dtype)
+  y = _phi(x.astype(dtype), p, eps, static_p, has_eps).astype(x.dtype)
+  if static_p is None:  # To the bit, subnormals included.
+    y = jnp.where((p == 1) & (eps == 0), x, y)
+  return y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _phi(x, p, eps, static_p, has_eps):
+  """The signed power of a float32 or float64 array; p as in `_times_power`."""
+  if not has_eps:
+    return _times_power(x, x, p, static_p)
+  y = jnp.abs(x) + eps
+  return jnp.where(x == 0, x, jnp.copysign(_times_power(y, y, p, static_p), x))
+
+
+@_phi.defjvp
+def _phi_jvp(static_p, has_eps, primals, tangents):
+  x, p, eps = primals
+  x_dot, p_dot, eps_dot = tangents
+  out = _phi(x, p, eps, static_p, has_eps)
+  y = jnp.abs(x) + eps
+  at_zero = jnp.where(p == 1, jnp.ones_like(p), jnp.zeros_like(p))
+  slope = jnp.where(y == 0, at_zero, p * _factor(y, p, static_p))
+  log_y = jnp.log(jnp.where(y == 0, jnp.ones_like(y), y))
+  out_dot = slope * x_dot + out * log_y * p_dot
+  if has_eps:
+    out_dot = out_dot + jnp.sign(x) * slope * eps_dot
+  return out, out_dot
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _factor(x, p, static_p):
+  """|x|^(p - 1), as a function that can itself be differentiated."""
+  return _times_power(jnp.ones_like(x), x, p, static_p)
+
+
+@_factor.defjvp
+def _factor_jvp(static_p, primals, tangents):
+  x, p = primals
+  x_dot, p_dot = tangents
+  out = _factor(x, p, static_p)
+  is_zero = x == 0
+  safe = jnp.where(is_zero, jnp.ones_like(x), x)
+  dx = jnp.where(is_zero, jnp.zeros_like(x), (p - 1) * out / safe)
+  return out, dx * x_dot + out * jnp.log(jnp.abs(safe)) * p_dot
+
+
+def _times_power(scale, x, p, static_p):
+  """Computes scale |x|^(p - 1); both are float32, or float64, of one shape.
+
+  static_p, where not None, is p in double precision; the scalar array p is
+  then there for the derivatives alone.
+  """
+  if x.dtype == jnp.float64:
+    q = p - 1 if static_p is None else static_p - 1.0
+    # At x = 0 a p < 1 would give inf, and inf * 0 is NaN.
+    return scale * jnp.where(x == 0, jnp.ones_like(x), jnp.abs(x)) ** q
+  if static_p is None:
+    return _times_exp2(scale, x, _split_traced(p), wide=True, far=True)
+  q = static_p - 1.0
+  near_one = abs(q) <= _NEAR_ONE
+  split = _split_static(q, _LOG2_8 if near_one else _LOG2_9)
+  # |log2 x| <= 128, and 2^n with |n| <= 126 is a normal number.
+  far = abs(q) * 128 > 126
+  return _times_exp2(scale, x, split, wide=not near_one, far=far)
+
+
+def _head(value):
+  """The leading 12 of a float32's 24 bits: products of two heads are exact."""
+  if isinstance(value, float):
+    bits = np.float32(value).view(np.int32) & np.int32(-4096)
+    return float(bits.view(np.float32))
+  return _float(_bits(value) & -4096)
+
+
+def _split_static(q: float, log2):
+  """The constants of `_times_exp2` for a q known at trace time."""
+  q_head = _head(q)
+  q_tail = q - q_head
+  c = [q * c for c in log2]
+  # q (log2(x) - (e - 126.5)) = c[0] + c[1] r + ...; what q_head misses of the
+  # 126.5 q belongs to the constant.
+  c[0] -= 0.5 * q + 126.5 * q_tail
+  slope_head = _head(c[1])
+  slope_tail = c[1] - slope_head
+  return tuple(map(_f32, (q_head, q_tail, slope_head, slope_tail))) + tuple(
+    map(_f32, c)
+  )
+
+
+def _split_traced(p):
+  """The same constants from a float32 scalar p, in float32 operations.
+
+  Every head is made by masking bits, which no compiler simplifies away, so
+  that each difference below is exact.
+  """
+  q = p - 1
+  q_head = _head(q)
+  q_tail = p - (1 + q_head)  # Where p < 0.5 the subtraction p - 1 rounded.
+  c = [_f32(c) * q for c in _LOG2_9]
+  c[0] = _f32(_LOG2_9[0] - 0.5) * q - _f32(126.5) * q_tail
+  log_head = _head(_LOG2_9[1])
+  slope = q_head * _f32(log_head)
+  slope_head = _head(slope)
+  slope_tail = (slope - slope_head) + (
+    q_head * _f32(_LOG2_9[1] - log_head) + q_tail * _f32(_LOG2_9[1])
+  )
+  return (q_head, q_tail, slope_head, slope_tail, *c)
+
+
+def _times_exp2(scale, x, split, *, wide: bool, far: bool):
+  """Computes scale 2^(q log2|x|) in float32, with q given by its constants.
+
+  Args:
+    scale: float32 array of x's shape.
+    x: float32 array. Zeros and subnormals count as 2^-127, inf and NaN as
+      numbers of exponent 128: the factor stays finite.
+    split: From `_split_static` or `_split_traced`.
+    wide: Whether to carry the logarithm's leading term exactly; needed where
+      |q| magnifies its rounding.
+    far: Whether the factor may leave the range of normal numbers. It is then
+      applied in two halves: the product may be normal all the same.
+
+  Returns:
+    A float32 array of x's shape.
+  """
+  q_head, q_tail, slope_head, slope_tail, *c = split
+  bits = _bits(x)
+  e = ((bits >> 23) & 255).astype(jnp.float32)
+  m = _float((bits & 0x007FFFFF) | 0x3F800000)
+  r = m - _f32(_CENTER)  # Exact.
+  a = e * q_head + _f32(-126.5) * q_head  # Exact: 8 and 12 bits.
+  b = c[0] + e * q_tail
+  if wide:
+    m_head = _head(m)
+    r_head = m_head - _f32(_CENTER)
+    exact = r_head * slope_head
+    b = b + ((m - m_head) * c[1] + r_head * slope_tail)
+    b = b + (r * r) * _polynomial(r, c[2:])
+    n = lax.round(a + (exact + b), lax.RoundingMethod.TO_NEAREST_EVEN)
+    f = ((a - n) + exact) + b
+  else:
+    b = b + r * _polynomial(r, c[1:])
+    n = lax.round(a + b, lax.RoundingMethod.TO_NEAREST_EVEN)
+    f = (a - n) + b
+  mantissa = 1 + f * _horner(f, tuple(map(_f32, _EXP2)))
+  if far:
+    n = jnp.clip(n, -252, 252)
+    half = lax.round(n * _f32(0.5), lax.RoundingMethod.TO_NEAREST_EVEN)
+    scale = scale * _float(_shifted(half) + 0x3F800000)
+    n = n - half
+  return scale * _float(_bits(mantissa) + _shifted(n))
+
+
+def _bits(x):
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits):
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _shifted(n):
+  """An integral float32 as an int32 in the place of the exponent's bits."""
+  # 1.5 * 2^23 leaves n in the lowest bits of the sum; a conversion would
+  # saturate, which costs five instructions more.
+  return _bits(n + _f32(1.5 * 2**23)) << 23
+
+
+def _horner(x, coefficients):
+  """Sum of coefficients[i] x^i: fewest roundings."""
+  y = coefficients[-1]
+  for c in coefficients[-2::-1]:
+    y = y * x + c
+  return y
+
+
+def _polynomial(x, coefficients):
+  """The same by Estrin's scheme: independent products fill the pipeline."""
+  terms = list(coefficients)
+  while len(terms) > 1:
+    pairs = [a + x * b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+    terms = pairs + terms[len(terms) - len(terms) % 2 :]
+    x = x * x
+  return terms[0]

