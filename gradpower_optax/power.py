@@ -103,9 +103,27 @@ def _signed_power(x, p, eps, static_p, has_eps):
   p = jnp.asarray(p, dtype)
   eps = jnp.asarray(eps, dtype)
   y = _phi(x.astype(dtype), p, eps, static_p, has_eps).astype(x.dtype)
-  if static_p is None:  # To the bit, subnormals included.
-    y = jnp.where((p == 1) & (eps == 0), x, y)
+  if static_p is None:
+    y = _where_bits((p == 1) & (eps == 0), x, y)
   return y
+
+
+@jax.custom_jvp
+def _where_bits(condition, x, y):
+  """x where condition, to the bit, else y; its derivative is always y's."""
+  # Selected as integers: compilers may widen a bfloat16 select to float32,
+  # which loses subnormals and the payloads of NaNs.
+  uint = f'uint{jnp.finfo(x.dtype).bits}'
+  x_bits = lax.bitcast_convert_type(x, uint)
+  y_bits = lax.bitcast_convert_type(y, uint)
+  bits = jnp.where(condition, x_bits, y_bits)
+  return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_where_bits.defjvp
+def _where_bits_jvp(primals, tangents):
+  # x is y where p is 1, but knows nothing of the derivative with respect to p.
+  return _where_bits(*primals), tangents[2]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -117,7 +135,7 @@ def _phi(x, p, eps, static_p, has_eps):
   return jnp.where(x == 0, x, jnp.copysign(_times_power(y, y, p, static_p), x))
 
 
-@_phi.defjvp
+@functools.partial(_phi.defjvp, symbolic_zeros=True)
 def _phi_jvp(static_p, has_eps, primals, tangents):
   x, p, eps = primals
   x_dot, p_dot, eps_dot = tangents
@@ -126,10 +144,10 @@ def _phi_jvp(static_p, has_eps, primals, tangents):
   at_zero = jnp.where(p == 1, jnp.ones_like(p), jnp.zeros_like(p))
   slope = jnp.where(y == 0, at_zero, p * _factor(y, p, static_p))
   log_y = jnp.log(jnp.where(y == 0, jnp.ones_like(y), y))
-  out_dot = slope * x_dot + out * log_y * p_dot
-  if has_eps:
-    out_dot = out_dot + jnp.sign(x) * slope * eps_dot
-  return out, out_dot
+  sign = jnp.sign(x)
+  return out, _sum_of_products(
+    out, (slope, x_dot), (out * log_y, p_dot), (sign * slope, eps_dot)
+  )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -138,7 +156,7 @@ def _factor(x, p, static_p):
   return _times_power(jnp.ones_like(x), x, p, static_p)
 
 
-@_factor.defjvp
+@functools.partial(_factor.defjvp, symbolic_zeros=True)
 def _factor_jvp(static_p, primals, tangents):
   x, p = primals
   x_dot, p_dot = tangents
@@ -146,7 +164,20 @@ def _factor_jvp(static_p, primals, tangents):
   is_zero = x == 0
   safe = jnp.where(is_zero, jnp.ones_like(x), x)
   dx = jnp.where(is_zero, jnp.zeros_like(x), (p - 1) * out / safe)
-  return out, dx * x_dot + out * jnp.log(jnp.abs(safe)) * p_dot
+  log = jnp.log(jnp.abs(safe))
+  return out, _sum_of_products(out, (dx, x_dot), (out * log, p_dot))
+
+
+def _sum_of_products(like, *pairs):
+  """Sum of derivative times tangent over the arguments that have a tangent.
+
+  Where a result overflows, a tangent of zeros would turn the sum into NaN.
+  """
+  total = jnp.zeros_like(like)
+  for derivative, tangent in pairs:
+    if not isinstance(tangent, jax.custom_derivatives.SymbolicZero):
+      total = total + derivative * tangent
+  return total
 
 
 def _times_power(scale, x, p, static_p):

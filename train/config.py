@@ -5,7 +5,9 @@ field is also a command-line option, `--path.to.field VALUE` (`train/cli.py`).
 """
 
 import dataclasses
+import math
 
+from models.config import LlamaConfig
 from train import errors
 
 # 256 bytes and the end-of-text token.
@@ -59,3 +61,113 @@ class DataConfig:
       )
     if not self.text_field:
       raise errors.UserError('--data.text_field must not be empty')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Clip, power, AdamW, in this order; the defaults are the paper's."""
+
+  power: float = 1.0
+  """p of the gradient power; 1.0 is plain AdamW, to the bit."""
+  power_eps: float = 0.0
+  """Added to |g| before the power; the authors' code has 1e-8."""
+  learning_rate: float = 1e-3
+  """Its maximum, after warm-up."""
+  schedule: str = 'wsd'
+  """'wsd': constant after warm-up, linear decay in the last third;
+  'cos': cosine decay after warm-up; 'constant'."""
+  warmup_steps: int = 1000
+  """Steps of linear warm-up from zero."""
+  final_lr_ratio: float = 0.1
+  """Learning rate at the last step, relative to its maximum."""
+  b1: float = 0.9
+  """Decay of AdamW's first moment."""
+  b2: float = 0.95
+  """Decay of AdamW's second moment."""
+  eps: float = 1e-8
+  """Added to the root of the second moment."""
+  weight_decay: float = 0.1
+  """Decoupled: times the learning rate, on every parameter."""
+  clip_norm: float = 1.0
+  """Global norm to clip gradients at, before the power; 0 for none."""
+
+  def __post_init__(self):
+    """Checks the range of each field.
+
+    Raises:
+      UserError: naming the option that is out of range.
+    """
+    for name in ('power', 'learning_rate', 'eps'):
+      _require(self, name, lambda v: v > 0, 'positive')
+    for name in ('power_eps', 'weight_decay', 'clip_norm', 'final_lr_ratio'):
+      _require(self, name, lambda v: v >= 0, 'zero or more')
+    for name in ('b1', 'b2'):
+      _require(self, name, lambda v: 0 <= v < 1, 'in [0, 1)')
+    _require(self, 'warmup_steps', lambda v: v >= 0, 'zero or more')
+    if self.schedule not in ('wsd', 'cos', 'constant'):
+      raise errors.UserError(
+        "--optimizer.schedule must be 'wsd', 'cos' or 'constant', not "
+        f'{self.schedule!r}'
+      )
+
+
+def _require(config, name, holds, wanted):
+  value = getattr(config, name)
+  if not (math.isfinite(value) and holds(value)):
+    raise errors.UserError(f'--optimizer.{name} must be {wanted}, not {value}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run."""
+
+  model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+  """The decoder; see `models/config.py`."""
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  """The text."""
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  """The optimizer and its schedule."""
+  steps: int = 1000
+  """Optimizer steps; the schedule depends on it."""
+  seed: int = 0
+  """Of the initial parameters and of the order of the data."""
+  eval_every: int = 100
+  """Steps between evaluations on the held-out split; also at the end."""
+  save_every: int = 100
+  """Steps between checkpoints; also at the end."""
+
+  def __post_init__(self):
+    """Checks the range of each field and what must fit together.
+
+    Raises:
+      UserError: naming the option to change.
+    """
+    for name, least in (
+      ('steps', 1),
+      ('seed', 0),
+      ('eval_every', 1),
+      ('save_every', 1),
+    ):
+      if getattr(self, name) < least:
+        raise errors.UserError(
+          f'--{name} must be at least {least}, not {getattr(self, name)}'
+        )
+    if self.seed >= 2**32:
+      raise errors.UserError(f'--seed must be below 2**32, not {self.seed}')
+    if self.optimizer.warmup_steps >= self.steps:
+      raise errors.UserError(
+        f'--optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be '
+        f'below --steps ({self.steps})'
+      )
+    if 0 < self.model.vocab_size < self.data.vocab_size:
+      raise errors.UserError(
+        f'--model.vocab_size ({self.model.vocab_size}) must be at least '
+        f'--data.vocab_size ({self.data.vocab_size}), or 0 to follow it'
+      )
+
+  @property
+  def tokens_per_step(self) -> int:
+    """Target tokens in a global batch."""
+    return self.data.batch_size * self.data.sequence_length

@@ -1,0 +1,74 @@
+"""Shapes and numerics of a model: frozen dataclasses, checked when made."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """A LLaMA-style decoder."""
+
+  vocab_size: int = 0
+  """Tokens in the vocabulary; 0 takes the tokenizer's."""
+  d_model: int = 128
+  """Width of the residual stream."""
+  n_layers: int = 4
+  """Decoder blocks."""
+  n_heads: int = 4
+  """Query heads; their width is d_model / n_heads."""
+  n_kv_heads: int = 0
+  """Key and value heads, a divisor of n_heads; 0 for as many as those."""
+  d_ff: int = 512
+  """Width of the SwiGLU hidden layer; the paper uses 4 d_model."""
+  norm_eps: float = 1e-6
+  """Added to the mean square in RMSNorm."""
+  rope_theta: float = 10000.0
+  """Base of the rotary embedding's wavelengths."""
+  init_std: float = 0.02
+  """Standard deviation of every initial matrix; norms start at 1."""
+  tie_embeddings: bool = False
+  """Whether the head is the embedding transposed."""
+  scan_layers: bool = False
+  """Stack the layers and scan them: compile time flat in depth, though slower
+  than unrolled on a CPU. The numbers are the same."""
+  dtype: str = 'float32'
+  """Of the computation, 'float32' or 'bfloat16'; parameters are float32."""
+
+  def __post_init__(self):
+    for name in ('d_model', 'n_layers', 'n_heads', 'd_ff'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'model.{name} must be at least 1')
+    for name in ('vocab_size', 'n_kv_heads'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.{name} must be positive, or 0')
+    if self.d_model % self.n_heads:
+      raise ValueError(
+        f'model.n_heads ({self.n_heads}) must divide model.d_model '
+        f'({self.d_model})'
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f'model.d_model / model.n_heads is {self.head_dim}; the rotary '
+        'embedding needs an even head width'
+      )
+    if self.n_heads % self.kv_heads:
+      raise ValueError(
+        f'model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads '
+        f'({self.n_heads})'
+      )
+    for name in ('norm_eps', 'rope_theta', 'init_std'):
+      if not getattr(self, name) > 0:
+        raise ValueError(f'model.{name} must be positive')
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(
+        f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """Width of one attention head."""
+    return self.d_model // self.n_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Key and value heads."""
+    return self.n_kv_heads or self.n_heads

@@ -1,0 +1,57 @@
+"""The entry point of `python -m train`."""
+
+import importlib.util
+import logging
+import sys
+
+_PROG = 'python -m train'
+_NEEDED = (
+  'array_record', 'chex', 'flax', 'grain', 'jax', 'optax', 'orbax.checkpoint',
+  'tensorflow_datasets', 'tokenizers', 'tqdm',
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command.
+
+  Args:
+    argv: The command line after the program's name.
+
+  Returns:
+    The exit status: 0 done or stopped as asked, 2 a mistake in the input, 130
+    interrupted.
+  """
+  missing = [name for name in _NEEDED if not _installed(name)]
+  if missing:
+    print(
+      f'{_PROG}: error: not installed: {", ".join(missing)}; the trainer needs '
+      "the 'train' extra: pip install -e '.[train]'",
+      file=sys.stderr,
+    )
+    return 2
+  from train import commands, errors  # After the check above.
+
+  # Libraries configure the root logger as they are imported: keep out of it.
+  logger = logging.getLogger('train')
+  logger.handlers = [logging.StreamHandler()]
+  logger.propagate = False
+  logger.setLevel(logging.INFO)
+  try:
+    return commands.run(_PROG, argv)
+  except errors.UserError as error:
+    print(f'{_PROG}: error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f'\n{_PROG}: interrupted', file=sys.stderr)
+    return 130
+
+
+def _installed(name: str) -> bool:
+  try:
+    return importlib.util.find_spec(name) is not None
+  except ModuleNotFoundError:
+    return False
+
+
+if __name__ == '__main__':
+  sys.exit(main())

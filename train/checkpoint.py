@@ -1,0 +1,122 @@
+"""Saves and restores the whole train state with Orbax, asynchronously.
+
+The state holds all that a step reads; batch i is a pure function of (seed, i),
+so the step count is also the position in the data.
+"""
+
+import errno
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.errors import UserError
+
+_KEPT = 2
+
+
+class Checkpoints:
+  """The checkpoints of one run directory, newest last.
+
+  A save becomes visible under its step's name only once it is complete.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    # Orbax reports every save through absl; the run's own lines say enough.
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    self._directory = directory
+    with self._one_line_errors():
+      self._manager = ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=_KEPT, cleanup_tmp_directories=True
+        ),
+      )
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint's step; None where there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts saving; the arrays are copied first, so they may be donated.
+
+    Raises:
+      UserError: the disk is full; also where an earlier save found it full.
+    """
+    with self._one_line_errors():
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def restore(self, step: int, abstract_state: Any) -> Any:
+    """Returns the state of a step, placed as abstract_state's shardings say.
+
+    Raises:
+      UserError: the checkpoint does not hold such a state.
+    """
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract_state)
+      )
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+      first = str(error).strip().splitlines()[0] if str(error) else ''
+      raise UserError(
+        f'cannot restore step {step} from {self._directory}: {first}'
+      ) from error
+
+  def wait(self) -> None:
+    """Waits for the save under way.
+
+    Raises:
+      UserError: the disk was full.
+    """
+    with self._one_line_errors():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then lets go of the directory.
+
+    Raises:
+      UserError: the disk was full.
+    """
+    with self._one_line_errors():
+      self._manager.close()
+
+  def _one_line_errors(self):
+    return one_line_errors(self._directory)
+
+
+class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
+  """Turns failures to write a run directory into a `UserError`.
+
+  A full disk is told by its text too: TensorStore reports it as a ValueError.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    self._directory = directory
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if error is None or isinstance(error, UserError):
+      return
+    number = getattr(error, 'errno', None)
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or (
+      os.strerror(errno.ENOSPC) in text
+    ):
+      raise UserError(
+        f'no space left to write {self._directory}: free some and give the '
+        'same command again; it continues from the last complete checkpoint'
+      ) from error
+    if isinstance(error, OSError) and number is not None:
+      raise UserError(
+        f'cannot write {self._directory}: {os.strerror(number)}'
+      ) from error
+
+
+def abstract(tree: Any) -> Any:
+  """Shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

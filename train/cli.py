@@ -1,0 +1,111 @@
+"""The command line, generated from the config dataclasses.
+
+Every field is an option, `--path.to.field VALUE`; `docs/cli.md` is the
+contract that commands keep.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from train.config import Config
+from train.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are `UserError`s of one line."""
+
+  def __init__(self, **kwargs):
+    kwargs.setdefault('allow_abbrev', False)
+    super().__init__(**kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    """Raises instead of printing the whole usage."""
+    raise UserError(f'{message} (see {self.prog} --help)')
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+  """Adds an option for every field of `Config`."""
+  for path, kind in _fields(Config):
+    parser.add_argument(
+      f'--{path}',
+      dest=path,
+      default=argparse.SUPPRESS,
+      type=_boolean if kind is bool else _converter(kind),
+      metavar='true|false' if kind is bool else kind.__name__,
+    )
+
+
+def with_options(config: Config, options: argparse.Namespace) -> Config:
+  """Returns the recipe's config with the options given.
+
+  Raises:
+    UserError: the values do not make a valid config.
+  """
+  given = {
+    path: getattr(options, path)
+    for path, _ in _fields(Config)
+    if hasattr(options, path)
+  }
+  try:
+    return _replace(config, given)
+  except ValueError as error:  # From `models`, which names 'model.field'.
+    raise UserError(f'--{error}') from error
+
+
+def positive(text: str) -> int:
+  """A whole number from 1, for options that are not fields."""
+  if int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+  return int(text)
+
+
+def directory(text: str) -> pathlib.Path:
+  """A path, with ~ expanded."""
+  if not text:
+    raise argparse.ArgumentTypeError('it is empty')
+  return pathlib.Path(text).expanduser()
+
+
+def _fields(config: Any, prefix: str = '') -> Iterator[tuple[str, type]]:
+  """Every leaf field's dotted path and type."""
+  for name, kind in typing.get_type_hints(config).items():
+    if dataclasses.is_dataclass(kind):
+      yield from _fields(kind, f'{prefix}{name}.')
+    else:
+      yield prefix + name, kind
+
+
+def _replace(config: Any, given: dict[str, Any]) -> Any:
+  """Sets dotted paths, each dataclass once: its checks see the whole."""
+  own = {path: value for path, value in given.items() if '.' not in path}
+  for field in dataclasses.fields(config):
+    below = {
+      path.removeprefix(f'{field.name}.'): value
+      for path, value in given.items()
+      if path.startswith(f'{field.name}.')
+    }
+    if below:
+      own[field.name] = _replace(getattr(config, field.name), below)
+  return dataclasses.replace(config, **own)
+
+
+def _converter(kind: type) -> Callable[[str], Any]:
+  def convert(text: str):
+    try:
+      return kind(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(
+        f'{text!r} is not {"a whole number" if kind is int else "a number"}'
+      ) from None
+
+  return convert
+
+
+def _boolean(text: str) -> bool:
+  if text.lower() not in ('true', 'false'):
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+  return text.lower() == 'true'

@@ -1,0 +1,249 @@
+"""The run: data in, steps, evaluation, saves, signals."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+
+from train import data
+from train import step as step_lib
+from train.checkpoint import Checkpoints, abstract
+from train.config import Config
+from train.digest import params_digest
+from train.errors import UserError
+from train.mesh import batch_sharding, make_mesh, replicated
+from train.monitor import Display
+from train.optimizer import make_optimizer, schedule
+from train.run_dir import RunDir
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended."""
+
+  status: str
+  """'done', 'stopped' (--stop-at) or 'interrupted' (a signal)."""
+  step: int
+  """Steps taken in all."""
+  validation_loss: float = math.nan
+  """Nats a token on the held-out split, where done."""
+  params_digest: str = ''
+  """See `train/digest.py`; empty unless done."""
+
+
+class Interrupt:
+  """Notes the first Ctrl-C or SIGTERM; the second ends the program at once."""
+
+  def __init__(self):
+    self.received: str | None = None
+
+  def __enter__(self):
+    self._previous = {
+      number: signal.signal(number, self._note)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, frame):
+    del frame
+    if self.received:
+      raise KeyboardInterrupt
+    self.received = signal.Signals(number).name
+
+
+def resolve(config: Config, dataset: data.Dataset) -> Config:
+  """Sizes the model's vocabulary for the tokenizer where it is left open.
+
+  Raises:
+    UserError: the vocabulary asked for is too small.
+  """
+  if config.model.vocab_size == 0:
+    model = dataclasses.replace(config.model, vocab_size=dataset.vocab_size)
+    return dataclasses.replace(config, model=model)
+  if config.model.vocab_size < dataset.vocab_size:
+    raise UserError(
+      f'--model.vocab_size ({config.model.vocab_size}) must be at least the '
+      f"tokenizer's ({dataset.vocab_size})"
+    )
+  return config
+
+
+def run(
+  config: Config,
+  run_dir: pathlib.Path,
+  *,
+  name: str = 'run',
+  stop_at: int | None = None,
+) -> Result:
+  """Trains, or goes on training, or finds that all is done.
+
+  Args:
+    config: The run.
+    run_dir: Made, or continued from its last checkpoint.
+    name: Shown with the progress.
+    stop_at: Save and return after this many steps in all.
+
+  Returns:
+    How it ended; the directory holds the rest.
+
+  Raises:
+    UserError: the input is at fault, or the disk is full.
+  """
+  mesh = make_mesh(config.data.batch_size)
+  dataset = data.load(config.data)
+  config = resolve(config, dataset)
+  directory = RunDir(run_dir, config, dataset.source_hash)
+  if (end := directory.done()) is not None:
+    return Result(
+      'done', end['step'], float(end['validation_loss']), end['params_digest']
+    )
+  with Interrupt() as interrupt, mesh:
+    return _Run(config, directory, dataset, mesh, name, stop_at, interrupt)()
+
+
+class _Run:
+  """The parts of a run that is under way."""
+
+  def __init__(
+    self, config, directory, dataset, mesh, name, stop_at, interrupt
+  ):
+    self.config = config
+    self.directory = directory
+    self.interrupt = interrupt
+    self.last = min(config.steps, stop_at or config.steps)
+    optimizer = make_optimizer(config)
+    self.learning_rate = schedule(config.optimizer, config.steps)
+    make_state, graph = step_lib.init(config, optimizer)
+    whole = replicated(mesh)
+    self.put = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    self.state = jax.jit(make_state, out_shardings=whole)()
+    self.train_step = jax.jit(
+      functools.partial(step_lib.train_step, graph, optimizer),
+      donate_argnums=0,
+      out_shardings=whole,
+    )
+    self.eval_step = jax.jit(
+      functools.partial(step_lib.eval_step, graph), out_shardings=whole
+    )
+    self.batches = dataset.train(config.seed)
+    self.held_out = [self.put(batch) for batch in dataset.validation()]
+    self.checkpoints = Checkpoints(directory.checkpoints)
+    self.step = self._restore()
+    self.display = Display(name, config.steps, self.step)
+
+  def __call__(self) -> Result:
+    try:
+      if self.step:
+        self.display.say(f'continues from step {self.step}')
+      status = self._train()
+      if status == 'done':
+        return self._finish()
+      self.directory.log({'event': 'stopped', 'step': self.step})
+      return Result(status, self.step)
+    finally:
+      self.display.close()
+      self.checkpoints.close()
+
+  def _restore(self) -> int:
+    """Takes up the last checkpoint; returns the steps taken."""
+    step = self.checkpoints.latest_step()
+    self.directory.rewind(step or 0)
+    if step is None:
+      return 0
+    self.state = self.checkpoints.restore(step, abstract(self.state))
+    self.directory.log({'event': 'resumed', 'step': step})
+    return step
+
+  def _train(self) -> str:
+    """Steps until the end, --stop-at or a signal."""
+    every_eval, every_save = self.config.eval_every, self.config.save_every
+    pending = None
+    self.clock = None
+    while self.step < self.last and not self.interrupt.received:
+      batch = self.put(self.batches[self.step])
+      self.state, metrics = self.train_step(self.state, batch)
+      self.step += 1
+      # The device is busy with this step while the one before is logged.
+      self._log(pending)
+      pending = (self.step, metrics)
+      evaluate = self.step % every_eval == 0 and self.step < self.config.steps
+      save = self.step % every_save == 0
+      if evaluate or save:
+        self._log(pending)
+        pending = None
+        if evaluate:
+          self.directory.log(self._evaluate())
+        if save:
+          self._save()
+        self.clock = time.monotonic()
+    self._log(pending)
+    if self.step == self.config.steps:
+      return 'done'
+    self._save()
+    return 'interrupted' if self.interrupt.received else 'stopped'
+
+  def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    """Waits for a step's metrics and writes them down."""
+    if pending is None:
+      return
+    step, metrics = pending
+    numbers = {key: float(value) for key, value in metrics.items()}
+    now = time.monotonic()
+    line = {
+      'step': step,
+      'split': 'train',
+      **numbers,
+      'learning_rate': float(self.learning_rate(step - 1)),
+      'tokens': step * self.config.tokens_per_step,
+    }
+    if self.clock is not None:  # The first step's time is compilation.
+      rate = self.config.tokens_per_step / (now - self.clock)
+      line['tokens_per_second'] = rate
+      self.display.train(step, numbers['loss'], rate)
+    self.clock = now
+    self.directory.log(line)
+
+  def _evaluate(self) -> dict[str, Any]:
+    """The mean loss on the held-out split, as a line of metrics.jsonl."""
+    sums = [self.eval_step(self.state.params, batch) for batch in self.held_out]
+    losses, weights = zip(*jax.device_get(sums), strict=True)
+    loss = math.fsum(map(float, losses)) / math.fsum(map(float, weights))
+    self.display.validation(loss)
+    return {
+      'step': self.step,
+      'split': 'validation',
+      'loss': loss,
+      'tokens': self.step * self.config.tokens_per_step,
+    }
+
+  def _save(self) -> None:
+    if self.checkpoints.latest_step() != self.step:
+      self.checkpoints.save(self.step, self.state)
+
+  def _finish(self) -> Result:
+    """The final state is safe before the run says that it is done."""
+    self._save()
+    self.checkpoints.wait()
+    validation = self._evaluate()
+    digest = params_digest(
+      jax.device_get(self.state.params), self.config.model.n_layers
+    )
+    self.directory.log(
+      validation,
+      {
+        'event': 'done',
+        'step': self.step,
+        'validation_loss': validation['loss'],
+        'params_digest': digest,
+      },
+    )
+    return Result('done', self.step, validation['loss'], digest)
