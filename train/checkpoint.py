@@ -25,8 +25,8 @@ class Checkpoints:
   """
 
   def __init__(self, directory: pathlib.Path):
-    # Orbax reports every save through absl; the run's own lines say enough.
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    # Orbax logs failures with their tracebacks and raises them as well.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
     self._directory = directory
     with self._one_line_errors():
       self._manager = ocp.CheckpointManager(

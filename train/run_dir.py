@@ -44,7 +44,7 @@ class RunDir:
       path.mkdir(parents=True, exist_ok=True)
       if (path / 'config.json').exists():
         _check_same(path, wanted, source_hash)
-      elif any(path.iterdir()):
+      elif {entry.name for entry in path.iterdir()} - {'run.json'}:
         raise UserError(
           f'{path} is not empty and holds no config.json: name another '
           '--run-dir'
