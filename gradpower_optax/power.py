@@ -129,6 +129,10 @@ def _where_bits_jvp(primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _phi(x, p, eps, static_p, has_eps):
   """The signed power of a float32 or float64 array; p as in `_times_power`."""
+  if x.dtype == jnp.float64:
+    # Not x |x|^(p - 1): where p < 0.5 the subtraction rounds.
+    y = (jnp.abs(x) + eps) ** (p if static_p is None else static_p)
+    return jnp.where(x == 0, x, jnp.copysign(y, x))
   if not has_eps:
     return _times_power(x, x, p, static_p)
   y = jnp.abs(x) + eps

@@ -142,8 +142,6 @@ def test_python_float_p_is_the_double_that_it_is():
 @pytest.mark.parametrize('p', [0.01, 0.3, 0.5, 0.9, 1.2, 2.0, 3.0, 4.7, 33.3])
 @pytest.mark.parametrize('traced', [False, True])
 def test_error_in_float64(p, traced):
-  # q = p - 1 is rounded to a double, and |log2 x| < 1024 magnifies that: an
-  # error of 2^-54 of q is one of up to 709 2^-54 of the result.
   rng = np.random.default_rng(0)
   ends = np.float64([1e-300, 1e300]).view(np.int64)
   x = rng.integers(*ends, 1000).view(np.float64)
@@ -217,8 +215,9 @@ def test_narrow_dtypes_are_rounded_once(name, p, traced):
   p = np.float32(p) if traced else p
   y = traced_power(x, p) if traced else signed_power(jnp.asarray(x), p)
   assert y.dtype == x.dtype
-  y = np.asarray(y).astype(np.float64)
-  wide = x.astype(np.float64)
+  with np.errstate(invalid='ignore'):  # NaN.
+    y = np.asarray(y).astype(np.float64)
+    wide = x.astype(np.float64)
   exact = truth(wide, p).astype(np.float64)
 
   # Where float32 is normal, y is the nearest value, up to float32's error.
@@ -244,9 +243,9 @@ def test_narrow_dtypes_are_rounded_once(name, p, traced):
 def test_zeros_infinities_and_nan(p, eps, traced):
   x = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1.0, -1.0])
   y = signed_power(x, jnp.float32(p) if traced else p, eps)
-  np.testing.assert_array_equal(y[:6], x[:6])
+  np.testing.assert_array_equal(y[:5], x[:5])
   np.testing.assert_array_equal(jnp.signbit(y[:4]), jnp.signbit(x[:4]))
-  np.testing.assert_allclose(y[6], -1.0, rtol=1e-5)
+  np.testing.assert_allclose(y[5:], [1.0, -1.0], rtol=2e-6)
 
 
 @pytest.mark.parametrize('p', [0.5, 1.2, 3.0])
@@ -316,8 +315,8 @@ def test_eps_leaves_zero_and_its_sign():
 moderate = hnp.arrays(
   np.float32,
   32,
-  elements=st.floats(2.0**-20, 2.0**20, width=32)
-  | st.floats(-(2.0**20), -(2.0**-20), width=32),
+  elements=st.floats(2.0**-12, 2.0**12, width=32)
+  | st.floats(-(2.0**12), -(2.0**-12), width=32),
 )
 eighths = st.integers(4, 24).map(lambda n: n / 8)  # Products are exact.
 
@@ -343,7 +342,7 @@ def test_odd(x, p):
 @given(x=moderate, p=eighths, c=st.floats(2.0**-10, 2.0**10, width=32))
 def test_scale_law(x, p, c):
   scaled = np.float32(c) * x  # Half a unit, times p.
-  expected = truth(np.float32(c), p) * traced_power(x, p)
+  expected = truth(np.float32(c), p) * np.asarray(traced_power(x, p))
   assert_within(traced_power(scaled, p), expected, 2 + 2 + p / 2 + 0.1)
 
 
