@@ -3,10 +3,11 @@
 On every backend the instructions of the entry computation run one by one, and
 what passes between two of them goes through memory: an instruction, be it one
 operation or a fusion of many, reads each operand once and writes each output
-once. An elementwise program lives by that number. What it does not see: caches,
-and which operand of a choice is needed. A fusion that selects between two
-arrays by a scalar predicate, as clipping does, counts as reading both, though
-LLVM turns it into a branch that reads one.
+once. An elementwise program lives by that number. Arrays that a TPU keeps on
+the chip count nothing. What the text does not show: caches, and which operand
+of a choice is needed. A fusion that selects between two arrays by a scalar
+predicate, as clipping does, counts as reading both, though LLVM may turn it
+into a branch that reads one.
 """
 
 import dataclasses
@@ -18,7 +19,10 @@ _FREE = frozenset((
   'after-all', 'bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple',
 ))  # fmt: skip
 
-_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+# A type such as f32[8,128]{1,0:T(8,128)S(1)}: the layout ends in the memory
+# space, absent for main memory; 5 is the host's.
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_ON_CHIP = re.compile(r'S\((?!5\))\d+\)')
 _NAME = re.compile(r'%([\w.\-]+)')
 
 
@@ -60,17 +64,18 @@ def _count(computations, name) -> Traffic:
     instruction = _parse_instruction(line)
     sizes[instruction.name] = instruction.bytes
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith('-start'):
+    if opcode in _FREE:
       continue
     if opcode == 'call':  # A GPU's command buffer is one.
       called = re.search(r'to_apply=%([\w.\-]+)', instruction.attributes)
       assert called, instruction
       inner = _count(computations, called.group(1))
       read, written = read + inner.read, written + inner.written
-    elif opcode.endswith('-done'):  # Of an asynchronous copy.
-      read, written = read + instruction.bytes, written + instruction.bytes
-    else:
+      continue
+    # An asynchronous copy reads at its start and has written when done.
+    if not opcode.endswith('-done'):
       read += sum(sizes[operand] for operand in instruction.operands)
+    if not opcode.endswith('-start'):
       written += instruction.bytes
   return Traffic(read, written)
 
@@ -121,10 +126,10 @@ def _closing(text: str, start: int) -> int:
   raise ValueError(f'unbalanced parentheses: {text}')
 
 
-def _bytes(array: tuple[str, str]) -> int:
-  """Bytes of one array type such as ('f32', '8,128')."""
-  dtype, shape = array
-  if dtype == 'token':
+def _bytes(array: tuple[str, str, str]) -> int:
+  """Bytes in memory of a type such as ('f32', '8,128', '{1,0}')."""
+  dtype, shape, layout = array
+  if dtype == 'token' or _ON_CHIP.search(layout):
     return 0
   digits = re.search(r'\d+', dtype)
   bits = int(digits.group()) if digits else 8  # pred takes a byte.

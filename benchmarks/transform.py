@@ -107,7 +107,7 @@ def worst_ulp(form: Form, p: float, exact_p: float) -> float:
     result are normal numbers.
   """
   rng = np.random.default_rng(0)
-  tiny, huge = -126 / max(1.0, p), 127.9 / max(1.0, p)
+  tiny, huge = -125.9 / max(1.0, p), 127.9 / max(1.0, p)
   size = 2.0 ** rng.uniform(tiny, huge, _ACCURACY_SAMPLE)
   x = (size * rng.choice([-1.0, 1.0], size.shape)).astype(np.float32)
   transform = jax.jit(lambda g, q: form(p, q).update(g, optax.EmptyState())[0])

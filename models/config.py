@@ -1,6 +1,7 @@
 """Shapes and numerics of a model: frozen dataclasses, checked when made."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class LlamaConfig:
         f'({self.n_heads})'
       )
     for name in ('norm_eps', 'rope_theta', 'init_std'):
-      if not getattr(self, name) > 0:
-        raise ValueError(f'model.{name} must be positive')
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f'model.{name} must be positive and finite')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"

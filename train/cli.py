@@ -67,7 +67,10 @@ def directory(text: str) -> pathlib.Path:
   """A path, with ~ expanded."""
   if not text:
     raise argparse.ArgumentTypeError('it is empty')
-  return pathlib.Path(text).expanduser()
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError:  # '~name' of nobody here.
+    raise argparse.ArgumentTypeError(f'{text!r} has no such home') from None
 
 
 def _fields(config: Any, prefix: str = '') -> Iterator[tuple[str, type]]:

@@ -79,7 +79,8 @@ class OptimizerConfig:
   warmup_steps: int = 1000
   """Steps of linear warm-up from zero."""
   final_lr_ratio: float = 0.1
-  """Learning rate at the last step, relative to its maximum."""
+  """Learning rate that the decay ends in, right after the last step, relative
+  to its maximum."""
   b1: float = 0.9
   """Decay of AdamW's first moment."""
   b2: float = 0.95
@@ -99,8 +100,9 @@ class OptimizerConfig:
     """
     for name in ('power', 'learning_rate', 'eps'):
       _require(self, name, lambda v: v > 0, 'positive')
-    for name in ('power_eps', 'weight_decay', 'clip_norm', 'final_lr_ratio'):
+    for name in ('power_eps', 'weight_decay', 'clip_norm'):
       _require(self, name, lambda v: v >= 0, 'zero or more')
+    _require(self, 'final_lr_ratio', lambda v: 0 <= v <= 1, 'in [0, 1]')
     for name in ('b1', 'b2'):
       _require(self, name, lambda v: 0 <= v < 1, 'in [0, 1)')
     _require(self, 'warmup_steps', lambda v: v >= 0, 'zero or more')

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import textwrap
 
 from train import loop
 from train.config import Config
@@ -100,7 +101,7 @@ def _table(directory: pathlib.Path, results: dict[str, loop.Result]) -> str:
       *rows,
       f'  {"difference":<12} {_difference(results):>+16.4f}',
       '',
-      f'  {WARNING}',
+      *textwrap.wrap(WARNING, 78, initial_indent='  ', subsequent_indent='  '),
       '',
       f'  report: {directory / "report.html"}',
     ]

@@ -106,7 +106,7 @@ def run(
     return Result(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
     )
-  with Interrupt() as interrupt, mesh:
+  with Interrupt() as interrupt:
     return _Run(config, directory, dataset, mesh, name, stop_at, interrupt)()
 
 

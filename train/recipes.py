@@ -15,7 +15,7 @@ def demo() -> Config:
     optimizer=OptimizerConfig(
       power=1.2, learning_rate=3e-3, schedule='wsd', warmup_steps=40
     ),
-    steps=480,
+    steps=400,
     eval_every=40,
     save_every=40,
   )

@@ -148,6 +148,8 @@ def _check_same(
   try:
     found = json.loads((path / 'config.json').read_text())
     facts = json.loads((path / 'run.json').read_text())
+    if not (isinstance(found, dict) and isinstance(facts, dict)):
+      raise ValueError('config.json or run.json is not a JSON object')
   except (OSError, ValueError) as error:
     raise UserError(
       f'{path} holds a damaged run ({error}): name another --run-dir'

@@ -6,8 +6,8 @@ import pytest
 from benchmarks import traffic
 
 # Lines as XLA prints them: layouts with tiles, a comment inside a tuple, a
-# fusion of two outputs, a parenthesis in a string, an asynchronous copy and a
-# command buffer.
+# fusion of two outputs, a parenthesis in a string, an asynchronous copy to a
+# TPU's on-chip memory and a command buffer.
 _HLO = """\
 HloModule jit_update, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -31,32 +31,35 @@ FileNames
 ENTRY %main.7 (x.1: f32[8], s: f32[]) -> f32[8] {
   %x.1 = f32[8]{0:T(1024)} parameter(0), metadata={op_name="x"}
   %s = f32[] parameter(1)
-  %pair = (f32[8]{0:T(1024)S(1)}, /*index=1*/bf16[8]{0}) fusion(%x.1, %s), kind=kLoop, calls=%fused
+  %pair = (f32[8]{0:T(1024)}, /*index=1*/bf16[8]{0}) fusion(%x.1, %s), kind=kLoop, calls=%fused
   %part = f32[8]{0} get-tuple-element(%pair), index=0
-  %start = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%part)
-  %done = f32[8]{0} copy-done(%start)
-  ROOT %out = f32[8]{0} call(%done), to_apply=%command_buffer
+  %start = (f32[8]{0:T(1024)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%part)
+  %called = f32[8]{0} call(%part), to_apply=%command_buffer
+  %done = f32[8]{0:T(1024)S(1)} copy-done(%start)
+  ROOT %out = f32[8]{0} add(%done, %called)
 }
 """  # noqa: E501
 
 
 def test_counts_a_known_text():
   moved = traffic.count(_HLO)
-  # The fusion 32 + 4, the copy 32, in the call 32 and 64.
-  assert moved.read == 36 + 32 + 96
-  # The fusion 32 + 16, the copy 32, in the call 32 twice.
-  assert moved.written == 48 + 32 + 64
+  # The fusion 32 + 4, the copy 32, in the call 32 and 64, the sum 32.
+  assert moved.read == 36 + 32 + 96 + 32
+  # The fusion 32 + 16, in the call 32 twice, the sum 32.
+  assert moved.written == 48 + 64 + 32
 
 
 @pytest.mark.parametrize('array, size', [
-  (('f32', ''), 4),
-  (('f32', '2,3'), 24),
-  (('f32', '0'), 0),
-  (('bf16', '5'), 10),
-  (('f8e4m3fn', '5'), 5),
-  (('s4', '5'), 3),
-  (('pred', '5'), 5),
-  (('token', ''), 0),
+  (('f32', '', ''), 4),
+  (('f32', '2,3', '{1,0:T(8,128)}'), 24),
+  (('f32', '2,3', '{1,0:T(8,128)S(1)}'), 0),
+  (('f32', '2,3', '{1,0:S(5)}'), 24),
+  (('f32', '0', '{0}'), 0),
+  (('bf16', '5', '{0}'), 10),
+  (('f8e4m3fn', '5', '{0}'), 5),
+  (('s4', '5', '{0:E(4)}'), 3),
+  (('pred', '5', '{0}'), 5),
+  (('token', '', ''), 0),
 ])  # fmt: skip
 def test_sizes_of_types(array, size):
   assert traffic._bytes(array) == size

@@ -4,8 +4,6 @@ import doctest
 import pathlib
 import re
 
-import pytest
-
 _PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'order.md'
 
 
@@ -30,18 +28,21 @@ def test_page_says_what_its_code_prints():
   runner = doctest.DocTestRunner(verbose=False)
   runner.run(example, out=report.append)
   assert runner.failures == 0, ''.join(report)
-  assert runner.tries == len(example.examples) > 30
+  assert runner.tries == len(example.examples) > 20
 
 
 def test_a_wrong_number_would_be_seen():
   example = _example()
-  printed = next(e for e in example.examples if 'norm 1.23' in e.want)
-  printed.want = printed.want.replace('1.23', '1.24')
+  where = next(i for i, e in enumerate(example.examples) if '1.23' in e.want)
+  example.examples = example.examples[: where + 1]
+  wrong = example.examples[where]
+  wrong.want = wrong.want.replace('1.23', '1.24')
   runner = doctest.DocTestRunner(verbose=False)
   runner.run(example, out=lambda _: None)
   assert runner.failures == 1
 
 
-@pytest.mark.parametrize('mark', re.findall(r'\[[a-z-]+\]', _PAGE.read_text()))
-def test_marks_are_the_four_that_the_page_explains(mark):
-  assert mark in ('[paper]', '[code]', '[second-hand]', '[here]')
+def test_marks_are_the_four_that_the_page_explains():
+  text = re.sub(r'```.*?```', '', _PAGE.read_text(), flags=re.DOTALL)
+  marks = set(re.findall(r'\[[a-z- ]+\]', text))
+  assert marks == {'[paper]', '[code]', '[second-hand]', '[here]'}

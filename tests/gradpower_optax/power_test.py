@@ -59,7 +59,7 @@ def edges(p):
 
 def truth(x, p):
   """The signed power in longdouble; p is the exact value of its argument."""
-  with np.errstate(over='ignore', under='ignore'):
+  with np.errstate(over='ignore', under='ignore', invalid='ignore'):
     return np.sign(x) * np.abs(x.astype(np.longdouble)) ** np.longdouble(p)
 
 
@@ -155,10 +155,9 @@ def test_error_in_float64(p, traced):
       if mpmath.mpf(2) ** -1022 <= exact <= np.finfo(np.float64).max:
         _, e = mpmath.frexp(exact)
         worst = max(worst, abs(y_i - exact) / mpmath.mpf(2) ** (e - 53))
-  assert worst <= FLOAT64_BOUND
+  # The backend's pow; 0.51 on a CPU, 1.2 where p is a whole number.
+  assert worst <= 2
 
-
-FLOAT64_BOUND = 2
 
 
 @pytest.mark.parametrize(

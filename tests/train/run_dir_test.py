@@ -1,0 +1,225 @@
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.config import Config, OptimizerConfig
+from train.errors import UserError
+from train.run_dir import RunDir, write_atomically
+
+CONFIG = Config()
+POWER = dataclasses.replace(
+  CONFIG, optimizer=OptimizerConfig(power=1.25), steps=2000
+)
+
+
+def train_line(step, loss=2.5):
+  return {'step': step, 'split': 'train', 'loss': loss}
+
+
+@pytest.fixture
+def run(tmp_path):
+  return RunDir(tmp_path / 'deep' / 'run', CONFIG, 'hash')
+
+
+def again(run, config=CONFIG, source_hash='hash'):
+  return RunDir(run.path, config, source_hash)
+
+
+def test_it_holds_the_configuration_and_the_facts(run):
+  config = json.loads((run.path / 'config.json').read_text())
+  assert config == dataclasses.asdict(CONFIG)
+  facts = json.loads((run.path / 'run.json').read_text())
+  assert facts['source_hash'] == 'hash'
+  assert {'python', 'jax', 'optax', 'flax'} <= set(facts['versions'])
+  assert facts['devices'].startswith('8 ')
+  assert {entry.name for entry in run.path.iterdir()} == {
+    'config.json', 'run.json',
+  }  # fmt: skip
+
+
+def test_it_opens_again_and_changes_nothing(run):
+  before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+  again(run)
+  assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+
+
+def test_another_configuration_is_refused_by_its_options(run):
+  with pytest.raises(UserError) as error:
+    again(run, POWER)
+  message = str(error.value)
+  assert '--optimizer.power is 1.0 there, 1.25 here' in message
+  assert '--steps is 1000 there, 2000 here' in message
+  assert '--seed' not in message
+  assert '\n' not in message
+
+
+def test_another_text_is_refused(run):
+  with pytest.raises(UserError, match='text or vocabulary has changed'):
+    again(run, source_hash='other')
+
+
+def test_an_option_of_another_version_is_named(run):
+  path = run.path / 'config.json'
+  config = json.loads(path.read_text())
+  config['model']['dropout'] = 0.1
+  del config['seed']
+  path.write_text(json.dumps(config))
+  with pytest.raises(UserError) as error:
+    again(run)
+  assert '--model.dropout is 0.1 there, None here' in str(error.value)
+  assert '--seed is None there, 0 here' in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'run.json'])
+@pytest.mark.parametrize(
+  'content', [b'', b'{"steps": 10', b'[]', b'null', b'\xff\xfe', b'\0' * 9]
+)
+def test_a_damaged_file_is_named_in_one_line(run, name, content):
+  (run.path / name).write_bytes(content)
+  with pytest.raises(UserError, match=f'damaged.*name another') as error:
+    again(run)
+  assert '\n' not in str(error.value)
+
+
+def test_a_lost_file_is_named_in_one_line(run):
+  (run.path / 'run.json').unlink()
+  with pytest.raises(UserError, match=r'damaged.*run\.json'):
+    again(run)
+
+
+@pytest.mark.parametrize('name', ['thesis.tex', 'metrics.jsonl', '.hidden'])
+def test_a_foreign_directory_is_left_alone(tmp_path, name):
+  (tmp_path / name).write_text('mine')
+  with pytest.raises(UserError, match='not empty'):
+    RunDir(tmp_path, CONFIG, 'hash')
+  assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_an_empty_directory_and_one_cut_off_at_birth_are_taken(tmp_path):
+  (tmp_path / 'run.json').write_text('{"sour')  # Killed before config.json.
+  run = RunDir(tmp_path, CONFIG, 'hash')
+  assert json.loads((run.path / 'run.json').read_text())['versions']
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+  (tmp_path / 'run').write_text('')
+  for path in (tmp_path / 'run', tmp_path / 'run' / 'below'):
+    with pytest.raises(UserError, match='cannot write'):
+      RunDir(path, CONFIG, 'hash')
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_no_permission_is_said(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(UserError, match='cannot write.*Permission denied'):
+    RunDir(tmp_path / 'run', CONFIG, 'hash')
+
+
+def test_lines_keep_every_bit_of_a_float(run):
+  losses = [0.1 + 0.2, 1e-310, 5.696184635162354, 1 / 3]
+  run.log(*[train_line(i, loss) for i, loss in enumerate(losses)])
+  assert [line['loss'] for line in run.lines()] == losses
+
+
+def test_what_is_not_finite_is_a_string(run):
+  run.log(*[train_line(1, x) for x in (math.nan, math.inf, -math.inf)])
+  text = (run.path / 'metrics.jsonl').read_text()
+
+  def refuse(word):
+    raise AssertionError(word)
+
+  lines = [
+    json.loads(line, parse_constant=refuse) for line in text.splitlines()
+  ]
+  assert [line['loss'] for line in lines] == ['nan', 'inf', '-inf']
+  run.rewind(1)
+  assert (run.path / 'metrics.jsonl').read_text() == text
+
+
+def test_rewinding_drops_what_will_be_done_again(run):
+  run.log(*map(train_line, range(1, 6)))
+  run.log({'event': 'resumed', 'step': 2}, {'event': 'stopped', 'step': 3})
+  run.log({'step': 4, 'split': 'validation', 'loss': 1.0})
+  run.rewind(3)
+  assert run.lines() == [
+    *map(train_line, range(1, 4)),
+    {'event': 'resumed', 'step': 2},
+  ]
+  run.rewind(0)
+  assert run.lines() == []
+
+
+@pytest.mark.parametrize('cut', range(1, len(json.dumps(train_line(5))) + 1))
+def test_a_line_cut_off_anywhere_is_survived(run, cut):
+  run.log(*map(train_line, range(1, 5)))
+  last = json.dumps(train_line(5))[:cut]
+  with (run.path / 'metrics.jsonl').open('a') as file:
+    file.write(last)
+  whole = [*map(train_line, range(1, 5))]
+  if cut == len(json.dumps(train_line(5))):
+    whole.append(train_line(5))
+  assert run.lines() == whole
+  run.rewind(5)
+  run.log(train_line(6))
+  assert run.lines() == [*whole, train_line(6)]
+  text = (run.path / 'metrics.jsonl').read_text()
+  assert text == ''.join(
+    json.dumps(line) + '\n' for line in [*whole, train_line(6)]
+  )
+
+
+@pytest.mark.parametrize('junk', [b'\0' * 40, b'\xff\xfe{', b'3\n', b'[]\n'])
+def test_other_damage_is_survived(run, junk):
+  run.log(train_line(1))
+  with (run.path / 'metrics.jsonl').open('ab') as file:
+    file.write(junk)
+  assert run.done() is None
+  run.rewind(1)
+  assert run.lines() == [train_line(1)]
+
+
+def test_a_run_is_done_once_it_says_so(run):
+  assert run.done() is None
+  run.log(train_line(1))
+  assert run.done() is None
+  end = {'event': 'done', 'step': 1, 'validation_loss': 2.0}
+  run.log(end)
+  assert run.done() == end
+
+
+def test_a_full_disk_is_said(run):
+  metrics = run.path / 'metrics.jsonl'
+  metrics.symlink_to('/dev/full')
+  with pytest.raises(UserError, match='no space left.*same command'):
+    run.log(train_line(1))
+
+
+def test_writing_leaves_the_old_file_or_the_new(tmp_path):
+  path = tmp_path / 'file'
+  write_atomically(path, 'old')
+
+  class Odd(str):
+    def __len__(self):
+      raise RuntimeError
+
+  with pytest.raises(TypeError):
+    write_atomically(path, None)
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
+  write_atomically(path, 'new')
+  assert path.read_text() == 'new'
+
+
+@given(
+  st.lists(st.integers(0, 9), max_size=12), st.integers(0, 9)
+)
+def test_rewinding_is_a_filter_by_step(tmp_path_factory, steps, to):
+  run = RunDir(tmp_path_factory.mktemp('run'), CONFIG, 'hash')
+  run.log(*map(train_line, steps))
+  run.rewind(to)
+  assert run.lines() == [train_line(s) for s in steps if s <= to]

@@ -1,0 +1,212 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models.config import LlamaConfig
+from models.llama import Llama
+from train import step as step_lib
+from train.config import Config, DataConfig, OptimizerConfig
+from train.errors import UserError
+from train.mesh import AXES, batch_sharding, make_mesh, replicated
+from train.optimizer import make_optimizer
+
+CONFIG = Config(
+  data=DataConfig(vocab_size=257),
+  model=LlamaConfig(
+    vocab_size=257, d_model=16, n_layers=2, n_heads=2, d_ff=32, init_std=0.3
+  ),
+  optimizer=OptimizerConfig(
+    power=1.2, learning_rate=0.01, schedule='constant', warmup_steps=0
+  ),
+  steps=10,
+  seed=5,
+)
+TOKENS = np.random.default_rng(0).integers(0, 257, (8, 13)).astype(np.int32)
+BATCH = {'tokens': TOKENS}
+OPTIMIZER = make_optimizer(CONFIG)
+MAKE_STATE, GRAPH = step_lib.init(CONFIG, OPTIMIZER)
+
+
+@functools.cache
+def initial():
+  return jax.jit(MAKE_STATE)()
+
+
+def fresh():
+  """The initial state, free to be donated."""
+  return jax.tree.map(jnp.copy, initial())
+
+
+TRAIN_STEP = jax.jit(functools.partial(step_lib.train_step, GRAPH, OPTIMIZER))
+EVAL_STEP = jax.jit(functools.partial(step_lib.eval_step, GRAPH))
+
+
+def logits(tokens=TOKENS):
+  run = jax.jit(lambda params, tokens: nnx.merge(GRAPH, params)(tokens))
+  return np.float64(run(initial().params, tokens[:, :-1]))
+
+
+def cross_entropy(logits_BTV, targets_BT):
+  shifted = logits_BTV - logits_BTV.max(-1, keepdims=True)
+  log_z = np.log(np.exp(shifted).sum(-1))
+  picked = np.take_along_axis(shifted, targets_BT[..., None], -1)[..., 0]
+  return log_z - picked
+
+
+def test_the_initial_state_is_the_models():
+  @jax.jit
+  def wanted():
+    model = Llama(CONFIG.model, rngs=nnx.Rngs(params=5))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+  jax.tree.map(np.testing.assert_array_equal, initial().params, wanted())
+  assert initial().step == 0
+  assert initial().step.dtype == jnp.int32
+
+
+def test_the_loss_is_the_mean_cross_entropy():
+  losses = cross_entropy(logits(), TOKENS[:, 1:])
+  np.testing.assert_allclose(
+    step_lib.token_losses(GRAPH, initial().params, TOKENS), losses, rtol=1e-4
+  )
+  _, metrics = TRAIN_STEP(fresh(), BATCH)
+  assert float(metrics['loss']) == pytest.approx(losses.mean(), rel=1e-5)
+  assert metrics['loss'].dtype == metrics['grad_norm'].dtype == jnp.float32
+
+
+def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
+  state = initial()
+
+  @jax.jit
+  def by_hand(params, opt_state):
+    def loss(params):
+      log_p_BTV = jax.nn.log_softmax(
+        nnx.merge(GRAPH, params)(TOKENS[:, :-1]), axis=-1
+      )
+      target_BT = TOKENS[:, 1:]
+      total = 0.0
+      for row, target in zip(log_p_BTV, target_BT, strict=True):
+        total -= row[np.arange(len(target)), target].sum()
+      return total / target_BT.size
+
+    grads = jax.grad(loss)(params)
+    updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+    squares = [jnp.sum(g**2) for g in jax.tree.leaves(grads)]
+    return optax.apply_updates(params, updates), opt_state, sum(squares) ** 0.5
+
+  params, opt_state, norm = by_hand(state.params, state.opt_state)
+  after, metrics = TRAIN_STEP(fresh(), BATCH)
+  assert after.step == 1
+  assert float(metrics['grad_norm']) == pytest.approx(float(norm), rel=1e-5)
+  assert_near(after.opt_state, opt_state)
+  # Adam's first step is the sign of a gradient, so a tiny one may turn over.
+  gaps = jax.tree.map(lambda a, b: jnp.abs(a - b), after.params, params)
+  gaps = np.concatenate([np.ravel(x) for x in jax.tree.leaves(gaps)])
+  assert np.mean(gaps > 1e-5) < 1e-3
+  assert any(
+    not jnp.array_equal(a, b)
+    for a, b in zip(
+      jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True
+    )
+  )
+
+
+def assert_near(tree, other, tolerance=1e-4):
+  """Leaves agree relative to the largest number of each."""
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=tolerance,
+      atol=tolerance * float(jnp.abs(jnp.asarray(b)).max()),
+    ),
+    tree,
+    other,
+  )  # fmt: skip
+
+
+def test_the_state_can_be_donated():
+  state = fresh()
+  step = jax.jit(
+    functools.partial(step_lib.train_step, GRAPH, OPTIMIZER), donate_argnums=0
+  )
+  after, _ = step(state, BATCH)  # An unusable donation would warn.
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  kept, _ = TRAIN_STEP(fresh(), BATCH)
+  jax.tree.map(np.testing.assert_array_equal, after, kept)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_evaluation_ignores_padding():
+  losses = cross_entropy(logits(), TOKENS[:, 1:])
+  weights = np.ones((8, 12), np.float32)
+  weights[5, 7:] = weights[6:] = 0
+  total, count = EVAL_STEP(
+    initial().params, {'tokens': TOKENS, 'weights': weights}
+  )
+  assert float(count) == 5 * 12 + 7
+  assert float(total) == pytest.approx((losses * weights).sum(), rel=1e-5)
+  other = TOKENS.copy()
+  other[5, 8:] = other[6:] = 0  # Targets after the last with a weight.
+  padded, _ = EVAL_STEP(initial().params, {'tokens': other, 'weights': weights})
+  assert float(padded) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_a_batch_is_the_mean_of_its_parts():
+  @jax.jit
+  @jax.grad
+  def grads(params, tokens):
+    return jnp.mean(step_lib.token_losses(GRAPH, params, tokens))
+
+  params = initial().params
+  parts = [grads(params, TOKENS[i : i + 4]) for i in (0, 4)]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+  assert_near(grads(params, TOKENS), mean, 1e-5)
+
+
+def test_a_batch_on_eight_devices_equals_one_on_one():
+  assert jax.device_count() == 8
+  mesh = make_mesh(8)
+  assert mesh.axis_names == AXES
+  assert mesh.devices.shape == (8, 1, 1, 1)
+  step = jax.jit(
+    functools.partial(step_lib.train_step, GRAPH, OPTIMIZER),
+    donate_argnums=0,
+    out_shardings=replicated(mesh),
+  )
+  state = jax.device_put(fresh(), replicated(mesh))
+  batch = jax.device_put(BATCH, batch_sharding(mesh))
+  shards = batch['tokens'].addressable_shards
+  assert {shard.data.shape for shard in shards} == {(1, 13)}
+  after, metrics = step(state, batch)
+  alone, alone_metrics = TRAIN_STEP(fresh(), BATCH)
+  assert_near(metrics, alone_metrics, 1e-5)
+  assert_near(after.opt_state, alone.opt_state)
+  embedding = after.params['embedding']
+  assert embedding.sharding.is_fully_replicated
+  first, *rest = (np.asarray(s.data) for s in embedding.addressable_shards)
+  assert len(rest) == 7
+  for other in rest:
+    np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 9])
+def test_devices_must_divide_the_batch(batch_size):
+  with pytest.raises(UserError, match=rf'--data.batch_size \({batch_size}\).*8'):
+    make_mesh(batch_size)
+
+
+def test_initial_parameters_depend_on_the_seed_alone():
+  def params(config):
+    make_state, _ = step_lib.init(config, make_optimizer(config))
+    return jax.jit(make_state)().params
+
+  power = dataclasses.replace(CONFIG.optimizer, power=1.0, learning_rate=1.0)
+  same = params(dataclasses.replace(CONFIG, optimizer=power, steps=99))
+  jax.tree.map(np.testing.assert_array_equal, same, initial().params)
+  other = params(dataclasses.replace(CONFIG, seed=6))
+  assert not jnp.array_equal(other['embedding'], same['embedding'])
