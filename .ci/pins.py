@@ -42,8 +42,8 @@ def chosen(interpreter: str) -> tuple[str, dict[str, str]]:
 def merged(by_python: dict[str, dict[str, str]]) -> str:
   """One line a package where all agree, else one a version."""
   lines = []
-  names = sorted({n for pins in by_python.values() for n in pins}, key=str.lower)
-  for name in names:
+  names = {name for pins in by_python.values() for name in pins}
+  for name in sorted(names, key=str.lower):
     versions: dict[str, list[str]] = {}
     for python, pins in by_python.items():
       if name in pins:

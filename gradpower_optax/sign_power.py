@@ -12,6 +12,8 @@ import optax
 
 from gradpower_optax import power as _power
 
+_LARGEST_POWER = 1e6  # Beyond it float32 has no digit of |g|^p right.
+
 PowerOrSchedule = float | jax.Array | np.ndarray | Callable[..., jax.Array]
 
 
@@ -50,8 +52,8 @@ def sign_power(
     counts steps where p is a schedule.
 
   Raises:
-    ValueError: p is not a finite positive scalar, or eps is negative, infinite
-      or NaN.
+    ValueError: p is not a positive scalar below 1e6, or eps is negative,
+      infinite or NaN.
     TypeError: p or eps is not a real number; or, from ``update``, a gradient
       leaf is not a real floating array.
 
@@ -122,10 +124,10 @@ def _apply(updates, p, eps):
 def _checked_power(p):
   """Returns p as a float or a scalar array, or says what is wrong with it."""
   p = _checked_scalar('p', p, 'a positive number, a scalar array or a schedule')
-  if _is_known(p) and not (math.isfinite(p) and p > 0):
+  if _is_known(p) and not 0 < p < _LARGEST_POWER:
     raise ValueError(
-      f'sign_power: p must be positive and finite, got {p}; the paper uses '
-      '1.2, and 1.0 leaves gradients as they are.'
+      f'sign_power: p must be positive and below {_LARGEST_POWER:g}, got {p}; '
+      'the paper uses 1.2, and 1.0 leaves gradients as they are.'
     )
   if not isinstance(p, float) and jnp.finfo(p.dtype).bits < 32:
     warnings.warn(

@@ -6,8 +6,8 @@ import sys
 
 _PROG = 'python -m train'
 _NEEDED = (
-  'array_record', 'chex', 'flax', 'grain', 'jax', 'optax', 'orbax.checkpoint',
-  'tensorflow_datasets', 'tokenizers', 'tqdm',
+  'array_record', 'etils.epath', 'flax', 'grain', 'jax', 'optax',
+  'orbax.checkpoint', 'tensorflow_datasets', 'tokenizers', 'tqdm',
 )  # fmt: skip
 
 

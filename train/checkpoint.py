@@ -5,9 +5,11 @@ so the step count is also the position in the data.
 """
 
 import errno
+import functools
 import logging
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -25,8 +27,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: pathlib.Path):
-    # Orbax logs failures with their tracebacks and raises them as well.
-    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    _quiet()
     self._directory = directory
     with self._one_line_errors():
       self._manager = ocp.CheckpointManager(
@@ -60,9 +61,11 @@ class Checkpoints:
         step, args=ocp.args.StandardRestore(abstract_state)
       )
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-      first = str(error).strip().splitlines()[0] if str(error) else ''
+      # TensorStore appends its whole specification, in brackets.
+      reason = str(error).strip().split('\n')[0].split(' [')[0]
       raise UserError(
-        f'cannot restore step {step} from {self._directory}: {first}'
+        f'cannot restore step {step} from {self._directory}: remove its '
+        f'directory {step} to go on from an earlier one ({reason:.300})'
       ) from error
 
   def wait(self) -> None:
@@ -115,6 +118,22 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
       raise UserError(
         f'cannot write {self._directory}: {os.strerror(number)}'
       ) from error
+
+
+@functools.cache
+def _quiet() -> None:
+  """Keeps tracebacks off the terminal of failures that are raised as well."""
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  report = sys.unraisablehook
+
+  def report_others(failure):
+    # A write fails and Orbax closes its event loop; those that TensorStore has
+    # still under way then fail too and have nobody to tell.
+    if str(failure.exc_value) != 'Event loop is closed':
+      report(failure)
+
+  sys.unraisablehook = report_others
 
 
 def abstract(tree: Any) -> Any:

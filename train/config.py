@@ -131,7 +131,7 @@ class Config:
     default_factory=OptimizerConfig
   )
   """The optimizer and its schedule."""
-  steps: int = 1000
+  steps: int = 10000
   """Optimizer steps; the schedule depends on it."""
   seed: int = 0
   """Of the initial parameters and of the order of the data."""
@@ -162,11 +162,6 @@ class Config:
       raise errors.UserError(
         f'--optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be '
         f'below --steps ({self.steps})'
-      )
-    if 0 < self.model.vocab_size < self.data.vocab_size:
-      raise errors.UserError(
-        f'--model.vocab_size ({self.model.vocab_size}) must be at least '
-        f'--data.vocab_size ({self.data.vocab_size}), or 0 to follow it'
       )
 
   @property

@@ -7,6 +7,7 @@ import pathlib
 import textwrap
 
 from train import loop
+from train.checkpoint import one_line_errors
 from train.config import Config
 from train.errors import UserError
 from train.report import write_report
@@ -74,9 +75,10 @@ def _write_results(
     for name, result in results.items()
   }
   document = {'arms': arms, 'difference': _number(_difference(results))}
-  write_atomically(
-    directory / 'results.json', json.dumps(document, indent=2) + '\n'
-  )
+  with one_line_errors(directory):
+    write_atomically(
+      directory / 'results.json', json.dumps(document, indent=2) + '\n'
+    )
 
 
 def _difference(results: dict[str, loop.Result]) -> float:

@@ -99,11 +99,14 @@ class RunDir:
     if not self._metrics.exists():
       return []
     lines = []
-    for line in self._metrics.read_text().split('\n'):
+    # A crash of the machine can leave bytes that are no text.
+    for text in self._metrics.read_bytes().decode(errors='replace').split('\n'):
       try:
-        lines.append(json.loads(line))
+        line = json.loads(text)
       except ValueError:
         continue
+      if isinstance(line, dict) and 'step' in line:
+        lines.append(line)
     return lines
 
 

@@ -119,8 +119,8 @@ def with_learning_rate(module: types.ModuleType) -> set[str]:
     except (TypeError, ValueError):
       continue  # Not a function: a module, an alias of a type.
     returns = signature.return_annotation
-    transforms = (
-      returns is signature.empty or 'GradientTransformation' in str(returns)
+    transforms = returns is signature.empty or 'GradientTransformation' in str(
+      returns
     )
     if transforms and any('learning_rate' in p for p in signature.parameters):
       names.add(f'{module.__name__}.{name}')

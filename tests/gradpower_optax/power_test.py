@@ -159,7 +159,6 @@ def test_error_in_float64(p, traced):
   assert worst <= 2
 
 
-
 @pytest.mark.parametrize(
   ('name', 'bound'), [('_LOG2_8', 4.3e-8), ('_LOG2_9', 6.6e-9)]
 )
@@ -210,6 +209,8 @@ def test_every_narrow_dtype_is_listed():
 @pytest.mark.parametrize('p', [0.5, 1.2, 3.0])
 @pytest.mark.parametrize('traced', [False, True])
 def test_narrow_dtypes_are_rounded_once(name, p, traced):
+  if name == 'float8_e4m3b11fnuz' and jax.__version_info__ < (0, 5):
+    pytest.skip('its XLA rounds small negative numbers to NaN')
   x = all_values(name)
   p = np.float32(p) if traced else p
   y = traced_power(x, p) if traced else signed_power(jnp.asarray(x), p)

@@ -109,7 +109,7 @@ def test_a_weak_type_does_not_widen_what_follows():
 )
 def test_equals_the_signed_power_and_is_odd(values, p):
   g = jnp.asarray(np.float32(values))
-  tx = sign_power(np.float32(p))
+  tx = sign_power(jnp.float32(p))
   update, minus = apply(tx, g), apply(tx, -g)
   same_bits(update, signed_power(g, jnp.float32(p)))
   same_bits(minus, -update)
@@ -127,9 +127,7 @@ def test_a_number_keeps_no_state(p):
   assert state == optax.EmptyState()
   updates, state = tx.update(grads, state)
   assert state == optax.EmptyState()
-  expected = jax.tree_util.tree_map(
-    lambda g: signed_power(g, float(p)), grads
-  )
+  expected = jax.tree_util.tree_map(lambda g: signed_power(g, float(p)), grads)
   same_bits(updates, expected)
 
 
@@ -148,9 +146,7 @@ def test_a_scalar_array(p):
   expected = jax.tree_util.tree_map(
     lambda g: signed_power(g, jnp.float32(p)), grads
   )
-  chex.assert_trees_all_close(
-    apply(sign_power(p), grads), expected, rtol=3e-7
-  )
+  chex.assert_trees_all_close(apply(sign_power(p), grads), expected, rtol=3e-7)
   traced = jax.jit(lambda p, g: apply(sign_power(p), g))(p, grads)
   chex.assert_trees_all_close(traced, expected, rtol=3e-7)
 
@@ -342,6 +338,10 @@ def test_scan():
 
 
 def test_donation():
+  probe = jnp.ones(8)
+  jax.jit(lambda x: -x, donate_argnums=0)(probe)
+  if not probe.is_deleted():
+    pytest.skip(f'jax {jax.__version__} does not donate on this backend')
   tx = optax.chain(sign_power(1.2), optax.adam(1e-3))
   grads, params = gradients(), gradients(1)
   state = tx.init(params)
@@ -358,8 +358,9 @@ def test_donation():
 
   update = jax.jit(lambda g: apply(sign_power(1.2), g), donate_argnums=0)
   expected = apply(sign_power(1.2), grads)
-  same_bits(update(grads), expected)
-  assert grads['w'].is_deleted()
+  fresh = gradients()  # One that no NumPy view holds.
+  same_bits(update(fresh), expected)
+  assert fresh['w'].is_deleted()
 
 
 def test_gradient_through_an_update():
@@ -438,9 +439,9 @@ def test_the_authors_chain():
   )
   updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
-  for name, g in grads.items():
-    g = np.asarray(g, np.float64) / max(norm, 1.0)
-    g = np.sign(g) * (np.abs(g) + 1e-8) ** 1.2
+  for name in grads:
+    clipped = np.asarray(grads[name], np.float64) / max(norm, 1.0)
+    g = np.sign(clipped) * (np.abs(clipped) + 1e-8) ** 1.2
     expected = -1e-3 * (g / (np.abs(g) + 1e-8) + 0.1 * params[name])
     np.testing.assert_allclose(updates[name], expected, rtol=1e-4, atol=1e-9)
 
@@ -451,16 +452,25 @@ def test_the_authors_chain():
 @pytest.mark.parametrize(
   ('p', 'error', 'words'),
   [
-    (0, ValueError, r'positive and finite, got 0\.0'),
-    (0.0, ValueError, r'positive and finite, got 0\.0'),
-    (-1.2, ValueError, r'positive and finite, got -1\.2; the paper uses 1\.2'),
+    (0, ValueError, r'positive and below 1e\+06, got 0\.0'),
+    (0.0, ValueError, r'positive and below 1e\+06, got 0\.0'),
+    (1e6, ValueError, r'positive and below 1e\+06, got 1000000\.0'),
+    (
+      -1.2,
+      ValueError,
+      r'positive and below 1e\+06, got -1\.2; the paper uses 1\.2',
+    ),
     (float('nan'), ValueError, 'got nan'),
     (float('inf'), ValueError, 'got inf'),
     (np.float32(-1), ValueError, r'got -1\.0'),
     (jnp.float32(0), ValueError, r'got 0\.0'),
     (jnp.float32('nan'), ValueError, 'got nan'),
     (jnp.int32(-3), ValueError, r'got -3\.0'),
-    (jnp.ones(3), ValueError, r'shape \(3,\); for a value per group.*partition'),
+    (
+      jnp.ones(3),
+      ValueError,
+      r'shape \(3,\); for a value per group.*partition',
+    ),
     (np.ones((1, 1)), ValueError, r'shape \(1, 1\)'),
     (True, TypeError, 'a positive number, a scalar array or a schedule, got'),
     (np.bool_(True), TypeError, 'got .*True'),
@@ -495,16 +505,16 @@ def test_refuses_what_a_schedule_returns(returned, error, words):
 @pytest.mark.parametrize(
   ('eps', 'error', 'words'),
   [
-    (-1e-8, ValueError, 'eps must be finite and not negative, got -1e-08'),
+    (-1e-8, ValueError, 'finite and not negative, got -1e-08'),
     (float('nan'), ValueError, 'got nan'),
     (float('inf'), ValueError, 'got inf'),
-    (jnp.ones(2), ValueError, r'eps must be a scalar.*\(2,\)'),
-    (True, TypeError, 'eps must be a number or a scalar array, got True'),
-    (SCHEDULE, TypeError, 'eps must be a number or a scalar array, got'),
+    (jnp.ones(2), ValueError, r'a scalar, got an array of shape \(2,\)'),
+    (True, TypeError, 'a number or a scalar array, got True'),
+    (SCHEDULE, TypeError, 'a number or a scalar array, got'),
   ],
 )
 def test_refuses_an_eps(eps, error, words):
-  with pytest.raises(error, match=f'sign_power: {words}'.replace('.', '.*', 0)):
+  with pytest.raises(error, match=f'sign_power: eps must be .*{words}'):
     sign_power(1.2, eps=eps)
 
 

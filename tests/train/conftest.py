@@ -7,7 +7,9 @@ import random
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from train.__main__ import main as entry_point
 
@@ -58,15 +60,37 @@ def data_cache(tmp_path_factory):
   return tmp_path_factory.mktemp('cache')
 
 
+@pytest.fixture(scope='session')
+def programs(tmp_path_factory):
+  """Where compiled programs are kept, which saves half of the time."""
+  return str(tmp_path_factory.mktemp('programs'))
+
+
 @pytest.fixture
-def main(data_cache, monkeypatch):
+def kept_programs(programs):
+  """Keeps those of this process too."""
+  changed = {
+    'jax_compilation_cache_dir': programs,
+    'jax_persistent_cache_min_compile_time_secs': 0,
+  }
+  before = {name: getattr(jax.config, name) for name in changed}
+  for values in (changed, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # It looks at the settings once.
+    if values is changed:
+      yield
+
+
+@pytest.fixture
+def main(data_cache, kept_programs, monkeypatch):
   """`python -m train` in this process, on its eight devices."""
   monkeypatch.setenv('GRADPOWER_CACHE', str(data_cache))
   return lambda *argv: entry_point([str(arg) for arg in argv])
 
 
 @pytest.fixture(scope='session')
-def start(data_cache):
+def start(data_cache, programs):
   """Starts `python -m train` as a user does, on one device.
 
   `prelude` is code to run before, in the same process.
@@ -75,7 +99,9 @@ def start(data_cache):
     key: value
     for key, value in os.environ.items()
     if key not in ('XLA_FLAGS', 'PYTHONPATH')
-  } | {'JAX_PLATFORMS': 'cpu', 'GRADPOWER_CACHE': str(data_cache)}
+  } | {'JAX_PLATFORMS': 'cpu', 'GRADPOWER_CACHE': str(data_cache),
+     'JAX_COMPILATION_CACHE_DIR': programs,
+     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}  # fmt: skip
 
   def start(*argv, prelude=''):
     how = ['-m', 'train']

@@ -19,7 +19,7 @@ from train.optimizer import make_optimizer
 CONFIG = Config(
   data=DataConfig(vocab_size=257),
   model=LlamaConfig(
-    vocab_size=257, d_model=16, n_layers=2, n_heads=2, d_ff=32, init_std=0.3
+    vocab_size=257, d_model=16, n_layers=1, n_heads=2, d_ff=32, init_std=0.3
   ),
   optimizer=OptimizerConfig(
     power=1.2, learning_rate=0.01, schedule='constant', warmup_steps=0
@@ -196,7 +196,9 @@ def test_a_batch_on_eight_devices_equals_one_on_one():
 
 @pytest.mark.parametrize('batch_size', [1, 4, 9])
 def test_devices_must_divide_the_batch(batch_size):
-  with pytest.raises(UserError, match=rf'--data.batch_size \({batch_size}\).*8'):
+  with pytest.raises(
+    UserError, match=rf'--data.batch_size \({batch_size}\).*8'
+  ):
     make_mesh(batch_size)
 
 

@@ -1,0 +1,102 @@
+"""The promises that no single module keeps: layout, README, links."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+ALLOWED = {
+  'gradpower_optax': {'gradpower_optax', 'jax', 'numpy', 'optax'},
+  'models': {'models', 'jax', 'flax', 'numpy'},
+}
+
+
+def _imports(path: pathlib.Path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.split('.')[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module.split('.')[0]
+
+
+@pytest.mark.parametrize('package', ALLOWED)
+def test_a_package_imports_only_what_it_may(package):
+  for path in (ROOT / package).rglob('*.py'):
+    others = set(_imports(path)) - ALLOWED[package] - sys.stdlib_module_names
+    assert not others, f'{path.relative_to(ROOT)} imports {sorted(others)}'
+
+
+def test_the_trainer_is_not_imported_below_it():
+  for package in ('gradpower_optax', 'models'):
+    for path in (ROOT / package).rglob('*.py'):
+      assert 'train' not in set(_imports(path)), path
+
+
+def _code_lines(path: pathlib.Path) -> int:
+  """Lines of code: neither blank, nor comment, nor docstring."""
+  text = path.read_text()
+  lines = {
+    number
+    for number, line in enumerate(text.splitlines(), 1)
+    if line.strip() and not line.strip().startswith('#')
+  }
+  for node in ast.walk(ast.parse(text)):
+    if (
+      isinstance(node, ast.Expr)
+      and isinstance(node.value, ast.Constant)
+      and isinstance(node.value.value, str)
+    ):
+      lines -= set(range(node.lineno, node.end_lineno + 1))
+  return len(lines)
+
+
+def test_files_can_be_read_in_one_sitting():
+  library = sum(map(_code_lines, (ROOT / 'gradpower_optax').glob('*.py')))
+  assert library <= 600
+  for path in (ROOT / 'models').glob('*.py'):
+    assert _code_lines(path) <= 300, path
+  assert _code_lines(ROOT / 'train' / 'loop.py') <= 500
+
+
+def test_the_readmes_python_runs():
+  blocks = re.findall(
+    r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL
+  )
+  assert blocks
+  subprocess.run([sys.executable, '-c', '\n'.join(blocks)], check=True)
+
+
+def test_the_readmes_make_targets_exist():
+  targets = set(
+    re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+  )
+  named = set(
+    re.findall(r'^make (\S+)', (ROOT / 'README.md').read_text(), re.M)
+  )
+  assert named
+  assert named <= targets
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+  for target in re.findall(r'\]\(([^)#\s]+)', page.read_text()):
+    if not target.startswith('https://'):
+      assert (page.parent / target).exists(), target
+
+
+def test_every_option_in_the_cli_page_exists():
+  from train import cli
+
+  parser = cli.Parser()
+  cli.add_config_options(parser)
+  known = {text for a in parser._actions for text in a.option_strings}
+  known |= {'--run-dir', '--stop-at', '--out', '--path.to.field'}
+  page = (ROOT / 'docs' / 'cli.md').read_text()
+  named = set(re.findall(r'--[a-z][\w.-]*[a-z]', page))
+  assert named
+  assert named <= known

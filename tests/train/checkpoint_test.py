@@ -1,0 +1,181 @@
+import errno
+import gc
+import shutil
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import checkpoint
+from train.checkpoint import Checkpoints, abstract, one_line_errors
+from train.errors import UserError
+from train.mesh import batch_sharding, make_mesh, replicated
+
+
+def state(seed=0, width=64):
+  rng = np.random.default_rng(seed)
+  return jax.device_put(
+    {
+      'params': {'layers': {0: {'w': rng.normal(size=(8, width))},
+                            1: {'w': rng.normal(size=(8, width))}}},
+      'step': np.int32(seed),
+    },
+    replicated(make_mesh(8)),
+  )  # fmt: skip
+
+
+def assert_same(tree, other):
+  jax.tree.map(np.testing.assert_array_equal, tree, other)
+  assert jax.tree.structure(tree) == jax.tree.structure(other)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  yield checkpoints
+  checkpoints.close()
+
+
+def test_a_state_comes_back_to_the_bit(checkpoints):
+  assert checkpoints.latest_step() is None
+  checkpoints.save(3, state(3))
+  checkpoints.wait()
+  assert checkpoints.latest_step() == 3
+  restored = checkpoints.restore(3, abstract(state(0)))
+  assert_same(restored, state(3))
+  leaf = restored['params']['layers'][0]['w']
+  assert leaf.sharding == state()['params']['layers'][0]['w'].sharding
+
+
+def test_it_comes_back_on_another_sharding(checkpoints):
+  checkpoints.save(1, state(1))
+  checkpoints.wait()
+  wanted = abstract(state(0))
+  rows = batch_sharding(make_mesh(8))
+  wanted['params'] = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+    wanted['params'],
+  )
+  restored = checkpoints.restore(1, wanted)
+  assert_same(restored, state(1))
+  assert restored['params']['layers'][1]['w'].sharding == rows
+
+
+def test_the_last_two_are_kept(checkpoints, tmp_path):
+  for step in (5, 10, 15, 18):
+    checkpoints.save(step, state(step))
+  checkpoints.wait()
+  checkpoints.close()
+  names = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+  assert names == {'15', '18'}
+
+
+def test_the_arrays_may_be_donated_during_the_save(checkpoints):
+  def scramble(tree):
+    return jax.tree.map(lambda x: -x - 1, tree)
+
+  scramble = jax.jit(scramble, donate_argnums=0)
+  live = state(7, width=200_000)  # 12.8 MB: still writing when save returns.
+  kept = jax.tree.map(lambda x: np.array(x, copy=True), live)
+  checkpoints.save(7, live)
+  for _ in range(5):
+    live = scramble(live)
+  jax.block_until_ready(live)
+  checkpoints.wait()
+  assert_same(checkpoints.restore(7, abstract(live)), kept)
+
+
+def test_a_save_that_was_cut_off_is_not_there(tmp_path):
+  directory = tmp_path / 'checkpoints'
+  first = Checkpoints(directory)
+  first.save(1, state(1))
+  first.close()
+  leftover = directory / '2.orbax-checkpoint-tmp'
+  shutil.copytree(directory / '1', leftover)
+  (leftover / '_CHECKPOINT_METADATA').unlink()  # Written last.
+  second = Checkpoints(directory)
+  assert second.latest_step() == 1
+  second.save(2, state(2))
+  second.wait()
+  assert second.latest_step() == 2
+  second.close()
+  assert {p.name for p in directory.iterdir()} == {'1', '2'}
+
+
+# Orbax drops coroutines that it did not get to.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore:coroutine:RuntimeWarning')
+@pytest.mark.parametrize('change', ['shape', 'missing leaf', 'extra leaf'])
+def test_another_state_is_refused_in_one_line(checkpoints, tmp_path, change):
+  checkpoints.save(4, state(4))
+  checkpoints.wait()
+  wanted = state(0, width=32 if change == 'shape' else 64)
+  if change == 'missing leaf':
+    del wanted['params']['layers'][1]
+  if change == 'extra leaf':
+    wanted['more'] = jnp.zeros(3)
+  with pytest.raises(UserError) as error:
+    checkpoints.restore(4, abstract(wanted))
+  message = str(error.value)
+  assert message.startswith(f'cannot restore step 4 from {tmp_path}')
+  assert '\n' not in message
+  del error
+  gc.collect()
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
+  first = Checkpoints(tmp_path)
+  first.save(2, state(2))
+  first.close()
+  for path in (tmp_path / '2').rglob('*'):
+    if path.is_file() and path.stat().st_size and path.parent.name == 'd':
+      path.write_bytes(b'')
+  second = Checkpoints(tmp_path)
+  with pytest.raises(UserError, match='remove its directory 2 to') as error:
+    second.restore(2, abstract(state(0)))
+  assert '\n' not in str(error.value)
+  assert 'tensorstore_spec' not in str(error.value)
+  second.close()
+
+
+@pytest.mark.parametrize(
+  ('error', 'words'),
+  [
+    (OSError(errno.ENOSPC, 'x'), 'no space left'),
+    (OSError(errno.EDQUOT, 'x'), 'no space left'),
+    (ValueError('RESOURCE: [OS error 28: No space left on device]'),
+     'no space left'),
+    (OSError(errno.EROFS, 'x'), 'cannot write /there: Read-only'),
+    (PermissionError(errno.EACCES, 'x'), 'cannot write /there: Permission'),
+  ],
+)  # fmt: skip
+def test_errors_of_the_disk_become_one_line(error, words):
+  with (
+    pytest.raises(UserError, match=words) as raised,
+    one_line_errors('/there'),
+  ):
+    raise error
+  assert '\n' not in str(raised.value)
+
+
+def test_late_failures_of_a_save_are_not_printed(monkeypatch):
+  reported = []
+  monkeypatch.setattr(sys, 'unraisablehook', reported.append)
+  checkpoint._quiet.__wrapped__()
+  failures = [
+    types.SimpleNamespace(exc_value=RuntimeError(text))
+    for text in ('Event loop is closed', 'other')
+  ]
+  for failure in failures:
+    sys.unraisablehook(failure)
+  assert reported == failures[1:]
+
+
+def test_other_errors_pass():
+  for error in (ValueError('shape'), UserError('x'), KeyboardInterrupt()):
+    with pytest.raises(type(error)) as raised, one_line_errors('/there'):
+      raise error
+    assert raised.value is error

@@ -1,0 +1,202 @@
+import argparse
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.config import LlamaConfig
+from train import cli, recipes
+from train.config import Config, DataConfig, OptimizerConfig
+from train.errors import UserError
+
+# For every field, a legal value that no recipe has.
+CHANGED = {
+  'model.vocab_size': 4096,
+  'model.d_model': 96,
+  'model.n_layers': 2,
+  'model.n_heads': 8,
+  'model.n_kv_heads': 2,
+  'model.d_ff': 100,
+  'model.norm_eps': 1e-5,
+  'model.rope_theta': 500.0,
+  'model.init_std': 0.01,
+  'model.tie_embeddings': True,
+  'model.scan_layers': True,
+  'model.dtype': 'bfloat16',
+  'data.files': 'a b/**/*.txt',
+  'data.corpus': 'other',
+  'data.text_field': 'body',
+  'data.vocab_size': 512,
+  'data.sequence_length': 33,
+  'data.batch_size': 3,
+  'data.validation_fraction': 0.25,
+  'data.validation_tokens': 77,
+  'optimizer.power': 1.1,
+  'optimizer.power_eps': 1e-8,
+  'optimizer.learning_rate': 0.1 + 0.2,
+  'optimizer.schedule': 'cos',
+  'optimizer.warmup_steps': 7,
+  'optimizer.final_lr_ratio': 0.0,
+  'optimizer.b1': 0.8,
+  'optimizer.b2': 0.99,
+  'optimizer.eps': 1e-10,
+  'optimizer.weight_decay': 0.0,
+  'optimizer.clip_norm': 0.0,
+  'steps': 99,
+  'seed': 2**32 - 1,
+  'eval_every': 3,
+  'save_every': 4,
+}
+
+
+def parse(*argv):
+  parser = cli.Parser(prog='prog')
+  cli.add_config_options(parser)
+  return cli.with_options(recipes.get('demo'), parser.parse_args(argv))
+
+
+def flat(config, prefix=''):
+  found = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found |= flat(value, f'{prefix}{field.name}.')
+    else:
+      found[prefix + field.name] = value
+  return found
+
+
+def test_every_field_has_an_option():
+  assert flat(parse()) == flat(recipes.get('demo'))
+  assert CHANGED.keys() == flat(Config()).keys()
+  argv = [f'--{path}={value}' for path, value in CHANGED.items()]
+  config = flat(parse(*argv))
+  assert config == CHANGED
+  assert {k: type(v) for k, v in config.items()} == {
+    k: type(v) for k, v in CHANGED.items()
+  }
+
+
+@pytest.mark.parametrize('path', CHANGED)
+def test_an_option_changes_its_field_alone(path):
+  base = flat(recipes.get('demo'))
+  assert base[path] != CHANGED[path]
+  value = {
+    'model.n_kv_heads': 2, 'model.n_heads': 8, 'steps': 99
+  }.get(path, CHANGED[path])  # fmt: skip
+  assert flat(parse(f'--{path}', str(value))) == base | {path: value}
+
+
+def test_checks_see_all_options_together():
+  # Neither is legal alone.
+  config = parse('--model.d_model', '15', '--model.n_heads', '3',
+                 '--model.d_model=30')  # fmt: skip
+  assert (config.model.d_model, config.model.n_heads) == (30, 3)
+  config = parse('--steps', '20', '--optimizer.warmup_steps', '10')
+  assert config.steps == 20
+
+
+@pytest.mark.parametrize('word', ['true', 'True', 'TRUE'])
+def test_booleans(word):
+  assert parse('--model.scan_layers', word).model.scan_layers is True
+  assert parse('--model.scan_layers', 'false').model.scan_layers is False
+
+
+MISTAKES = [
+  ('--steps 1.5', "--steps: '1.5' is not a whole number"),
+  ('--steps x', "--steps: 'x' is not a whole number"),
+  ('--steps', '--steps: expected one argument'),
+  ('--steps=', "--steps: '' is not a whole number"),
+  ('--steps 0', '--steps must be at least 1, not 0'),
+  ('--steps -3', '--steps must be at least 1'),
+  ('--seed -1', '--seed must be at least 0'),
+  (f'--seed {2**32}', '--seed must be below'),
+  ('--eval_every 0', '--eval_every must be at least 1'),
+  ('--save_every 0', '--save_every must be at least 1'),
+  ('--model.scan_layers 1', "--model.scan_layers: '1' is neither true nor"),
+  ('--model.scan_layers', 'expected one argument'),
+  ('--model.d_model 30', '--model.n_heads (4) must divide model.d_model'),
+  ('--model.d_model 12', '--model.d_model / model.n_heads is 3'),
+  ('--model.n_kv_heads 3', '--model.n_kv_heads (3) must divide'),
+  ('--model.init_std nan', '--model.init_std must be positive and finite'),
+  ('--model.norm_eps inf', '--model.norm_eps must be positive and finite'),
+  ('--model.dtype float64', "--model.dtype must be 'float32' or 'bfloat16'"),
+  ('--data.vocab_size 256', '--data.vocab_size must be at least 257'),
+  ('--data.batch_size 0', '--data.batch_size must be at least 1'),
+  ('--data.sequence_length 0', '--data.sequence_length must be at least 1'),
+  ('--data.validation_fraction nan', '--data.validation_fraction must be'),
+  ('--data.validation_fraction 1', '--data.validation_fraction must be'),
+  ('--data.validation_tokens 0', '--data.validation_tokens must be at least'),
+  ('--data.text_field=', '--data.text_field must not be empty'),
+  ('--optimizer.power nan', '--optimizer.power must be positive, not nan'),
+  ('--optimizer.power 0', '--optimizer.power must be positive, not 0'),
+  ('--optimizer.power two', "--optimizer.power: 'two' is not a number"),
+  ('--optimizer.learning_rate inf', '--optimizer.learning_rate must be'),
+  ('--optimizer.learning_rate -1', '--optimizer.learning_rate must be'),
+  ('--optimizer.b1 1', '--optimizer.b1 must be in [0, 1)'),
+  ('--optimizer.b2 -0.1', '--optimizer.b2 must be in [0, 1)'),
+  ('--optimizer.final_lr_ratio 1.5', '--optimizer.final_lr_ratio must be in'),
+  ('--optimizer.clip_norm -1', '--optimizer.clip_norm must be zero or more'),
+  ('--optimizer.warmup_steps 480', '--optimizer.warmup_steps (480) must be'),
+  ('--optimizer.schedule linear', "'wsd', 'cos' or 'constant', not 'linear'"),
+  ('--step 3', 'unrecognized arguments: --step 3'),
+  ('--model.width 3', 'unrecognized arguments: --model.width'),
+  ('extra', 'unrecognized arguments: extra'),
+]
+
+
+@pytest.mark.parametrize(('options', 'words'), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_option(options, words):
+  with pytest.raises(UserError) as error:
+    parse(*options.split())
+  assert words in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@given(st.text(max_size=8))
+def test_no_word_for_a_number_escapes(text):
+  for option in ('steps', 'model.norm_eps', 'optimizer.power', 'seed'):
+    try:
+      value = flat(parse(f'--{option}={text}'))[option]
+    except UserError:
+      continue
+    assert math.isfinite(value)
+
+
+def test_the_defaults_are_legal():
+  for config in (Config, DataConfig, LlamaConfig, OptimizerConfig):
+    config()
+
+
+def test_recipes():
+  assert list(recipes.RECIPES) == ['demo']
+  for name, recipe in recipes.RECIPES.items():
+    assert recipes.get(name) == recipe()
+    assert recipe.__doc__
+  demo = recipes.get('demo')
+  assert demo.optimizer.power == 1.2
+  assert demo.optimizer.schedule == 'wsd'
+  assert demo.optimizer.clip_norm == 1.0
+  assert demo.optimizer.weight_decay == 0.1
+  assert (demo.optimizer.b1, demo.optimizer.b2) == (0.9, 0.95)
+  assert demo.tokens_per_step == 16 * 128
+  with pytest.raises(UserError, match="no recipe 'dem'; there are: demo"):
+    recipes.get('dem')
+
+
+@pytest.mark.parametrize('text', ['0', '-1', 'x', '', '1.5'])
+def test_stop_at_takes_a_positive_number(text):
+  parser = cli.Parser(prog='prog')
+  parser.add_argument('--stop-at', type=cli.positive)
+  with pytest.raises(UserError, match='--stop-at'):
+    parser.parse_args([f'--stop-at={text}'])
+
+
+def test_directories(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert cli.directory('~/run') == tmp_path / 'run'
+  for text in ('', '~nobody-of-this-name/run'):
+    with pytest.raises(argparse.ArgumentTypeError):
+      cli.directory(text)

@@ -1,0 +1,206 @@
+import ast
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from train import __main__ as entry
+from train import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# What the trainer says of its progress; an error may come after it.
+PROGRESS = ('training a byte-level BPE', 'the text gives', 'tokenizing')
+
+
+def last_line(err):
+  """The one error, after nothing but progress."""
+  *before, line = err.splitlines()
+  assert line.startswith('python -m train: error: ')
+  assert all(other.startswith(PROGRESS) for other in before)
+  return line
+
+
+def write(directory, **files):
+  for name, content in files.items():
+    path = directory / name.replace('__', '.')
+    path.write_bytes(content)
+  return directory
+
+
+@pytest.mark.parametrize('command', ['run', 'demo'])
+@pytest.mark.parametrize(
+  ('files', 'pattern', 'words'),
+  [
+    ({}, '*.txt', 'no file matches'),
+    ({}, '', 'no file matches'),
+    ({'a__txt': b'\x89PNG\r\n\x1a\n\0\0'}, '*.txt', 'is not UTF-8 text'),
+    ({'a__txt': b'one\0two'}, '*.txt', 'is not text: it has NUL bytes'),
+    ({'a__pdf': b'%PDF'}, '*', 'is none of .txt, .jsonl, .json'),
+    ({'a__txt': b'', 'b__txt': b' \n\n'}, '*.txt', 'no text in 2 file(s)'),
+    ({'a__jsonl': b'{"body": "x"}\n'}, '*.jsonl', "no field 'text'"),
+    ({'a__jsonl': b'{"text": "x"}\n{"te'}, '*.jsonl', 'line 2 is not JSON'),
+    ({'a__txt': b'A few words are too few.'}, '*.txt', 'one batch needs'),
+  ],
+)
+def test_text_that_cannot_be_used(
+  main, capsys, tiny, tmp_path, command, files, pattern, words
+):
+  text = tmp_path / 'text'
+  text.mkdir()
+  write(text, **files)
+  run_dir = tmp_path / 'parent' / 'run'
+  recipe = ['demo'] if command == 'run' else []
+  status = main(
+    command, *recipe, '--run-dir', run_dir, *tiny,
+    '--data.files', f'{text}/{pattern}' if pattern else f'{tmp_path}/no/*',
+  )  # fmt: skip
+  captured = capsys.readouterr()
+  assert status == 2
+  assert words in last_line(captured.err)
+  assert captured.out == ''
+  assert not run_dir.parent.exists()
+
+
+@pytest.mark.parametrize(
+  ('argv', 'words'),
+  [
+    ([], 'required: command'),
+    (['walk'], "invalid choice: 'walk'"),
+    (['run'], 'required: RECIPE, --run-dir'),
+    (['run', 'demo'], 'required: --run-dir'),
+    (['run', 'demo', '--run-dir', ''], '--run-dir: it is empty'),
+    (['run', 'dem', '--run-dir', 'RUN'], "no recipe 'dem'; there are: demo"),
+    (['run', 'demo', '--run-dir', 'RUN', '--bogus', '1'],
+     'unrecognized arguments: --bogus 1'),
+    (['run', 'demo', '--run-dir', 'RUN', '--stop-at', '0'],
+     '0 is not at least 1'),
+    (['run', 'demo', '--run-dir', 'RUN', '--stop-at', 'soon'], '--stop-at'),
+    (['run', 'demo', '--run-dir', 'RUN', '--steps', '1.5'],
+     "--steps: '1.5' is not a whole number"),
+    (['run', 'demo', '--run-dir', 'RUN', '--optimizer.power', 'nan'],
+     '--optimizer.power must be positive, not nan'),
+    (['run', 'demo', '--run-dir', 'RUN', '--data.batch_size', '12'],
+     'multiple of the number of devices (8)'),
+    (['run', 'demo', '--run-dir', 'RUN', '--data.corpus', 'novels'],
+     "no 'novels', only wikipedia_leads"),
+    (['demo', '--run-dir', 'RUN', '--optimizer.power', '1'],
+     'makes both arms the same'),
+    (['demo', '--run-dir', 'RUN', '--recipe', 'demo'], 'unrecognized'),
+    (['report'], 'required: RUN_DIR'),
+    (['report', 'RUN'], 'cannot read'),
+    (['recipes', 'demo'], 'unrecognized arguments: demo'),
+  ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line(
+  main, capsys, one_error, tmp_path, argv, words
+):
+  run_dir = tmp_path / 'run'
+  argv = [str(run_dir) if word == 'RUN' else word for word in argv]
+  assert main(*argv) == 2
+  captured = capsys.readouterr()
+  assert words in one_error(captured.err)
+  assert captured.out == ''
+  assert not run_dir.exists()
+
+
+@pytest.mark.parametrize('command', ['run', 'demo'])
+def test_help_lists_every_option(main, capsys, command):
+  with pytest.raises(SystemExit) as end:
+    main(command, '--help')
+  assert end.value.code == 0
+  text = capsys.readouterr().out
+  for option in ('--run-dir', '--steps', '--seed', '--model.d_model',
+                 '--data.files', '--optimizer.power'):  # fmt: skip
+    assert option in text
+
+
+def test_help_lists_the_commands(main, capsys):
+  with pytest.raises(SystemExit) as end:
+    main('--help')
+  assert end.value.code == 0
+  text = capsys.readouterr().out
+  assert {'demo', 'run', 'report', 'recipes'} <= set(text.split())
+
+
+def test_recipes_are_listed(main, capsys):
+  assert main('recipes') == 0
+  [line] = capsys.readouterr().out.splitlines()
+  assert line.startswith('demo ') and len(line) > 20
+
+
+@pytest.mark.parametrize('name', ['grain', 'orbax.checkpoint', 'tokenizers'])
+def test_a_missing_package_is_named(main, capsys, one_error, monkeypatch, name):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda n: None if n == name else find(n)
+  )
+  monkeypatch.setattr(commands, 'run', None)
+  assert main('demo') == 2
+  message = one_error(capsys.readouterr().err)
+  assert message.startswith(f'not installed: {name};')
+  assert '.[train]' in message
+
+
+def test_a_bare_python_names_the_extra(one_error):
+  # -S: no site-packages, so nothing at all is installed.
+  done = subprocess.run(
+    [sys.executable, '-S', '-m', 'train', 'demo'],
+    check=False, cwd=ROOT, env={}, capture_output=True,
+    text=True, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 2
+  message = one_error(done.stderr)
+  assert 'jax' in message and "'train' extra" in message
+  assert done.stdout == ''
+
+
+def test_every_package_that_is_imported_is_looked_for():
+  imported = set()
+  for package in ('models', 'train'):
+    for path in (ROOT / package).rglob('*.py'):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          imported |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+          imported.add(node.module.split('.')[0])
+  own = {'models', 'train', 'gradpower_optax'}
+  needed = {name.split('.')[0] for name in entry._NEEDED}
+  # numpy comes with jax; TFDS needs array_record without declaring it.
+  assert imported - own - sys.stdlib_module_names - {'numpy'} == (
+    needed - {'array_record'}
+  )
+
+
+def test_an_interruption_before_the_run_is_one_line(
+  main, capsys, monkeypatch, tmp_path
+):
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(commands.loop.data, 'load', interrupt)
+  assert main('run', 'demo', '--run-dir', tmp_path / 'run') == 130
+  assert capsys.readouterr().err == '\npython -m train: interrupted\n'
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_report_of_a_run(main, capsys, tmp_path):
+  run_dir = tmp_path / 'run'
+  run_dir.mkdir()
+  (run_dir / 'config.json').write_text('{"steps": 2}')
+  lines = [
+    {'step': step, 'split': 'train', 'loss': 2.0, 'tokens': 8 * step}
+    for step in (1, 2)
+  ]
+  (run_dir / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines)
+  )
+  assert main('report', run_dir) == 0
+  assert capsys.readouterr().out == f'report: {run_dir / "report.html"}\n'
+  assert main('report', run_dir, '--out', tmp_path / 'page.html') == 0
+  assert (tmp_path / 'page.html').read_text() == (
+    run_dir / 'report.html'
+  ).read_text()
