@@ -36,14 +36,18 @@ _LOG2_9 = (0.4998458860627066, 1.0202482955566474, -0.3607505869650627,
            0.1700865647851453, -0.09021946020212537, 0.050875787457404544,
            -0.029829905173593643, 0.019234520907806668,
            -0.013165462169743375, 0.005547595098928544)  # fmt: skip
-# (2^f - 1) / f for |f| <= 1/2, in float32: each rounded, the rest refitted.
+# (2^f - 1) / f for |f| <= 0.5 and 0.6: each rounded to float32, the rest
+# refitted.
 _EXP2 = (0.6931471824645996, 0.24022647738456726, 0.05550359934568405,
          0.009618505835533142, 0.0013390807434916496,
          0.0001532647293061018)  # fmt: skip
+_EXP2_NEAR = (0.6931472420692444, 0.24022641777992249, 0.05550253763794899,
+              0.009618816897273064, 0.0013426459627225995,
+              0.00015322172839660197)  # fmt: skip
 
 # Up to this |p - 1| a degree 8 logarithm without compensation stays within two
 # units in the last place; beyond it errors of the logarithm are magnified.
-_NEAR_ONE = 0.3
+_NEAR_ONE = 0.2
 
 _f32 = np.float32
 
@@ -268,11 +272,12 @@ def _times_exp2(scale, x, split, *, wide: bool, far: bool):
   """
   q_head, q_tail, slope_head, slope_tail, *c = split
   bits = _bits(x)
-  e = ((bits >> 23) & 255).astype(jnp.float32)
+  e = (bits & 0x7F800000).astype(jnp.float32)  # The exponent times 2^23.
   m = _float((bits & 0x007FFFFF) | 0x3F800000)
   r = m - _f32(_CENTER)  # Exact.
-  a = e * q_head + _f32(-126.5) * q_head  # Exact: 8 and 12 bits.
-  b = c[0] + e * q_tail
+  # Exact: 8 and 12 bits.
+  a = e * (q_head * _f32(2**-23)) + _f32(-126.5) * q_head
+  b = c[0] + e * (q_tail * _f32(2**-23))
   if wide:
     m_head = _head(m)
     r_head = m_head - _f32(_CENTER)
@@ -281,17 +286,19 @@ def _times_exp2(scale, x, split, *, wide: bool, far: bool):
     b = b + (r * r) * _polynomial(r, c[2:])
     n = lax.round(a + (exact + b), lax.RoundingMethod.TO_NEAREST_EVEN)
     f = ((a - n) + exact) + b
+    exp2 = _EXP2
   else:
-    b = b + r * _polynomial(r, c[1:])
-    n = lax.round(a + b, lax.RoundingMethod.TO_NEAREST_EVEN)
-    f = (a - n) + b
+    # n without the logarithm of m, |b| <= 0.1, so that it need not wait.
+    n = lax.round(a, lax.RoundingMethod.TO_NEAREST_EVEN)
+    f = (a - n) + (b + r * _polynomial(r, c[1:]))
+    exp2 = _EXP2_NEAR
   if far:
     n = jnp.clip(n, -252, 252)
     half = lax.round(n * _f32(0.5), lax.RoundingMethod.TO_NEAREST_EVEN)
     scale = scale * _float(_shifted(half) + 0x3F800000)
     n = n - half
     f = jnp.clip(f, -1, 1)  # A p in the thousands leaves no digits to f.
-  mantissa = 1 + f * _horner(f, tuple(map(_f32, _EXP2)))
+  mantissa = 1 + f * _horner(f, tuple(map(_f32, exp2)))
   return scale * _float(_bits(mantissa) + _shifted(n))
 
 
