@@ -60,7 +60,7 @@ small { color: var(--soft); font-size: 13px; }
 .figures { display: grid; gap: 18px;
   grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .summary { font-size: 15px; }
-.summary th.arm { min-width: 8.5em; }
+.summary th.arm { min-width: 10.5em; }
 .summary td { white-space: nowrap; }
 /* A number is never broken; a long arm's name beside it is. */
 .summary td > span { overflow-wrap: normal; }
