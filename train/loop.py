@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 import signal
@@ -20,6 +21,8 @@ from train.mesh import batch_sharding, make_mesh, replicated
 from train.monitor import Display
 from train.optimizer import make_optimizer, schedule
 from train.run_dir import RunDir
+
+_logger = logging.getLogger('train')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,7 @@ def run(
   config = resolve(config, dataset)
   directory = RunDir(run_dir, config, dataset.source_hash)
   if (end := directory.done()) is not None:
+    _logger.info('%s: already done, at step %d', name, end['step'])
     return Result(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
     )
@@ -139,6 +143,7 @@ class _Run:
     self.checkpoints = Checkpoints(directory.checkpoints)
     self.step = self._restore()
     self.display = Display(name, config.steps, self.step)
+    self.clock: float | None = None  # When the last logged step was done.
 
   def __call__(self) -> Result:
     try:
@@ -167,7 +172,6 @@ class _Run:
     """Steps until the end, --stop-at or a signal."""
     every_eval, every_save = self.config.eval_every, self.config.save_every
     pending = None
-    self.clock = None
     while self.step < self.last and not self.interrupt.received:
       batch = self.put(self.batches[self.step])
       self.state, metrics = self.train_step(self.state, batch)
@@ -227,6 +231,7 @@ class _Run:
 
   def _save(self) -> None:
     if self.checkpoints.latest_step() != self.step:
+      self.directory.sync()
       self.checkpoints.save(self.step, self.state)
 
   def _finish(self) -> Result:

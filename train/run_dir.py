@@ -65,14 +65,17 @@ class RunDir:
     return self.path / 'checkpoints'
 
   def log(self, *lines: dict[str, Any]) -> None:
-    """Appends to metrics.jsonl and makes it durable."""
+    """Appends to metrics.jsonl."""
     text = ''.join(
       json.dumps({k: _plain(v) for k, v in line.items()}) + '\n'
       for line in lines
     )
     with one_line_errors(self.path), self._metrics.open('a') as file:
       file.write(text)
-      file.flush()
+
+  def sync(self) -> None:
+    """Makes what was logged durable: a checkpoint is about to rely on it."""
+    with one_line_errors(self.path), self._metrics.open('a') as file:
       os.fsync(file.fileno())
 
   def rewind(self, step: int) -> None:
