@@ -5,6 +5,36 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretch of the rotary embedding to longer texts."""
+
+  factor: float = 1.0
+  """Slowest frequencies are divided by this; 1 for no scaling."""
+  low_freq_factor: float = 1.0
+  """Frequencies with fewer turns than this over original_length are slow."""
+  high_freq_factor: float = 4.0
+  """Frequencies with more turns than this stay as they are."""
+  original_length: int = 8192
+  """Tokens that the model was first trained on."""
+
+  def __post_init__(self):
+    """Checks the range of each field.
+
+    Raises:
+      ValueError: naming the field that is out of range.
+    """
+    if not 1 <= self.factor < math.inf:
+      raise ValueError('model.rope_scaling.factor must be 1 or more')
+    if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+      raise ValueError(
+        'model.rope_scaling.low_freq_factor must be positive and below '
+        'model.rope_scaling.high_freq_factor'
+      )
+    if self.original_length < 1:
+      raise ValueError('model.rope_scaling.original_length must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """A LLaMA-style decoder."""
 
@@ -24,6 +54,10 @@ class LlamaConfig:
   """Added to the mean square in RMSNorm."""
   rope_theta: float = 10000.0
   """Base of the rotary embedding's wavelengths."""
+  rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+  """Of the rotary embedding's frequencies."""
+  qkv_bias: bool = False
+  """Whether queries, keys and values have biases, which start at 0."""
   init_std: float = 0.02
   """Standard deviation of every initial matrix; norms start at 1."""
   tie_embeddings: bool = False

@@ -4,9 +4,13 @@ Shape suffixes: B batch, T tokens, D model width, F hidden width, N query
 heads, K key and value heads, H head width.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from models.config import RopeScaling
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
@@ -28,20 +32,32 @@ class RMSNorm(nnx.Module):
     return (normed_BTD * self.scale[...]).astype(x_BTD.dtype)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float):
+def rotary_angles(
+  length: int,
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling | None = None,
+):
   """Cosines and sines of the rotary embedding.
 
   Args:
     length: Tokens in the sequence.
     head_dim: Width of a head.
-    theta: Base of the wavelengths, in tokens.
+    theta: Base of the wavelengths.
+    scaling: Llama 3's (arXiv 2407.21783; the rule is of its released code):
+      slow frequencies divided, fast ones kept, in between interpolated.
 
   Returns:
     Two float32 arrays (length, head_dim / 2).
   """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  position_T = jnp.arange(length, dtype=jnp.float32)
-  angle = position_T[:, None] / theta**exponent
+  frequency = theta**-exponent  # Radians a token.
+  if scaling is not None and scaling.factor != 1.0:
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    frequency = frequency * (kept + (1 - kept) / scaling.factor)
+  angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -59,30 +75,36 @@ class Attention(nnx.Module):
   """Causal self-attention with rotary positions and grouped queries."""
 
   def __init__(self, config, *, rngs: nnx.Rngs):
-    c = config
-    self.query = normal_param(
-      rngs, (c.d_model, c.n_heads, c.head_dim), c.init_std
-    )
-    self.key = normal_param(
-      rngs, (c.d_model, c.kv_heads, c.head_dim), c.init_std
-    )
-    self.value = normal_param(
-      rngs, (c.d_model, c.kv_heads, c.head_dim), c.init_std
-    )
-    self.out = normal_param(
-      rngs, (c.n_heads, c.head_dim, c.d_model), c.init_std
-    )
+    c, std = config, config.init_std
+    query, key = (c.n_heads, c.head_dim), (c.kv_heads, c.head_dim)
+    self.query = normal_param(rngs, (c.d_model, *query), std)
+    self.key = normal_param(rngs, (c.d_model, *key), std)
+    self.value = normal_param(rngs, (c.d_model, *key), std)
+    self.out = normal_param(rngs, (*query, c.d_model), std)
+    self.has_bias = c.qkv_bias
+    if c.qkv_bias:
+      self.query_bias = nnx.Param(jnp.zeros(query, jnp.float32))
+      self.key_bias = nnx.Param(jnp.zeros(key, jnp.float32))
+      self.value_bias = nnx.Param(jnp.zeros(key, jnp.float32))
 
   def __call__(self, x_BTD, cos, sin):
     dtype = x_BTD.dtype
     query, key, value, out = (
       w[...].astype(dtype) for w in (self.query, self.key, self.value, self.out)
     )
-    q_BTNH = apply_rotary(jnp.einsum('btd,dnh->btnh', x_BTD, query), cos, sin)
-    k_BTKH = apply_rotary(jnp.einsum('btd,dkh->btkh', x_BTD, key), cos, sin)
+    q_BTNH = jnp.einsum('btd,dnh->btnh', x_BTD, query)
+    k_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, key)
     v_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, value)
+    if self.has_bias:
+      q_BTNH += self.query_bias[...].astype(dtype)
+      k_BTKH += self.key_bias[...].astype(dtype)
+      v_BTKH += self.value_bias[...].astype(dtype)
     y_BTNH = jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation='xla'
+      apply_rotary(q_BTNH, cos, sin),
+      apply_rotary(k_BTKH, cos, sin),
+      v_BTKH,
+      is_causal=True,
+      implementation='xla',
     )
     return jnp.einsum('btnh,nhd->btd', y_BTNH, out)
 

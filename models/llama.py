@@ -72,7 +72,9 @@ class Llama(nnx.Module):
       to t.
     """
     c = self.config
-    cos, sin = rotary_angles(tokens_BT.shape[1], c.head_dim, c.rope_theta)
+    cos, sin = rotary_angles(
+      tokens_BT.shape[1], c.head_dim, c.rope_theta, c.rope_scaling
+    )
     x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
     if c.scan_layers:
       graph, stacked = nnx.split(self.layers)

@@ -92,6 +92,7 @@ def test_attention_is_the_same_for_repeated_key_heads():
   # Grouped queries equal full heads whose keys and values are copies.
   class Shape:
     d_model, n_heads, head_dim, kv_heads, init_std = 8, 4, 2, 2, 1.0
+    qkv_bias = False
 
   class Full(Shape):
     kv_heads = 4
@@ -105,4 +106,34 @@ def test_attention_is_the_same_for_repeated_key_heads():
   angles = layers.rotary_angles(5, 2, 10.0)
   np.testing.assert_allclose(
     jax.jit(grouped)(x_BTD, *angles), full(x_BTD, *angles), atol=1e-4
+  )
+
+
+def test_a_bias_is_the_weight_of_a_constant_feature():
+  class Biased:
+    d_model, n_heads, head_dim, kv_heads, init_std = 8, 4, 2, 2, 1.0
+    qkv_bias = True
+
+  class Wider(Biased):
+    d_model, qkv_bias = 9, False
+
+  biased = layers.Attention(Biased, rngs=nnx.Rngs(params=0))
+  wider = layers.Attention(Wider, rngs=nnx.Rngs(params=1))
+  for i, name in enumerate(('query', 'key', 'value')):
+    bias = getattr(biased, f'{name}_bias')
+    assert not bias[...].any()
+    bias[...] = jnp.asarray(normal(i, *bias[...].shape))
+    weight = getattr(biased, name)[...]
+    getattr(wider, name)[...] = jnp.concatenate([weight, bias[...][None]])
+  wider.out[...] = jnp.concatenate(
+    [biased.out[...], jnp.zeros((4, 2, 1))], axis=2
+  )
+  x_BTD = jnp.asarray(normal(6, 2, 5, 8))
+  one_BT1 = jnp.ones((2, 5, 1))
+  angles = layers.rotary_angles(5, 2, 10.0)
+  np.testing.assert_allclose(
+    wider(jnp.concatenate([x_BTD, one_BT1], axis=2), *angles)[..., :8],
+    biased(x_BTD, *angles),
+    rtol=1e-5,
+    atol=1e-5,
   )
