@@ -12,7 +12,7 @@ form writes, with q = p - 1,
 so that sign, zeros, infinities and NaN come from the one multiplication by x,
 and only a factor close to 1 (p is) has to be computed. The factor is a few
 integer operations, two short polynomials and nothing that XLA counts as
-expensive: it fuses into whatever reads the gradient, on every backend.
+expensive: it fuses into whatever reads the gradient.
 """
 
 import functools
@@ -76,7 +76,7 @@ def signed_power(x: jax.Array, p: Any, eps: Any = 0.0) -> jax.Array:
   for greater p. Narrower dtypes are computed in float32 and rounded once;
   float64 uses the backend's ``pow`` (1.2 units at most, measured on a CPU).
   Subnormal float32 inputs and results are flushed to zero where the backend
-  does so (XLA on a CPU or TPU), and are inaccurate where it does not.
+  does so (XLA on a CPU), and are inaccurate where it does not.
 
   The derivative with respect to x is :math:`p|x|^{p-1}`; at x = 0 (with eps =
   0) it is 0, or 1 where p = 1, also for p < 1, where the true one is infinite.
@@ -139,11 +139,17 @@ def _phi(x, p, eps, static_p, has_eps):
   if x.dtype == jnp.float64:
     # Not x |x|^(p - 1): where p < 0.5 the subtraction rounds.
     y = (jnp.abs(x) + eps) ** (p if static_p is None else static_p)
-    return jnp.where(x == 0, x, jnp.copysign(y, x))
+    return jnp.where(x == 0, _signed_zeros(x), jnp.copysign(y, x))
   if not has_eps:
     return _times_power(x, x, p, static_p)
   y = jnp.abs(x) + eps
-  return jnp.where(x == 0, x, jnp.copysign(_times_power(y, y, p, static_p), x))
+  y = _times_power(y, y, p, static_p)
+  return jnp.where(x == 0, _signed_zeros(x), jnp.copysign(y, x))
+
+
+def _signed_zeros(x):
+  """Not x itself: where subnormals count as zero, one would come through."""
+  return jnp.copysign(jnp.zeros_like(x), x)
 
 
 @functools.partial(_phi.defjvp, symbolic_zeros=True)

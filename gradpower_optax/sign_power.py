@@ -40,9 +40,9 @@ def sign_power(
   Args:
     p: The power, positive. A Python number is taken as the double that it is
       and kept out of the state. A scalar array is taken as its float32 value
-      (float64 for float64 leaves); so is what a schedule, a function of the
-      step count, returns. Under :func:`optax.inject_hyperparams`, pass
-      ``hyperparam_dtype=jnp.float32`` when parameters are in a narrower
+      (float64 for float64 leaves). A schedule, a function of the step count,
+      returns the one or the other. Under :func:`optax.inject_hyperparams`,
+      pass ``hyperparam_dtype=jnp.float32`` when parameters are in a narrower
       dtype: bfloat16 turns 1.2 into 1.203.
     eps: Added to the magnitude before the power; 0, the default, is the
       paper's formula, 1e-8 what the authors' code computes.
@@ -53,7 +53,8 @@ def sign_power(
 
   Raises:
     ValueError: p is not a positive scalar below 1e6, or eps is negative,
-      infinite or NaN.
+      infinite or NaN. A value that is traced, a schedule's under jit say,
+      cannot be looked at.
     TypeError: p or eps is not a real number; or, from ``update``, a gradient
       leaf is not a real floating array.
 
@@ -107,7 +108,7 @@ def sign_power(
 
 def _apply(updates, p, eps):
   def leaf(path, g):
-    dtype = g.dtype if hasattr(g, 'dtype') else jnp.result_type(g)
+    dtype = _dtype(g)
     if not jnp.issubdtype(dtype, jnp.floating):
       name = jax.tree_util.keystr(path) or 'the gradient'
       raise TypeError(
@@ -121,10 +122,18 @@ def _apply(updates, p, eps):
   return jax.tree_util.tree_map_with_path(leaf, updates)
 
 
+def _dtype(leaf):
+  if hasattr(leaf, 'dtype'):
+    return leaf.dtype
+  if isinstance(leaf, numbers.Number):
+    return jnp.result_type(leaf)
+  return np.asarray(leaf).dtype  # No number: something to name in an error.
+
+
 def _checked_power(p):
   """Returns p as a float or a scalar array, or says what is wrong with it."""
   p = _checked_scalar('p', p, 'a positive number, a scalar array or a schedule')
-  if _is_known(p) and not 0 < p < _LARGEST_POWER:
+  if _is_known(p) and not 0 < float(p) < _LARGEST_POWER:
     raise ValueError(
       f'sign_power: p must be positive and below {_LARGEST_POWER:g}, got {p}; '
       'the paper uses 1.2, and 1.0 leaves gradients as they are.'
@@ -155,6 +164,10 @@ def _is_known(value) -> bool:
 
 def _checked_scalar(name, value, wanted):
   """Returns a Python number as a float, an array as it is if it is scalar."""
+  if isinstance(value, np.generic) and not isinstance(
+    value, (np.float32, np.float64, np.integer, np.bool_)
+  ):
+    value = np.asarray(value)  # float16, bfloat16 and their like.
   if isinstance(value, (np.ndarray, jax.Array)):
     if value.shape:
       raise ValueError(
@@ -166,5 +179,8 @@ def _checked_scalar(name, value, wanted):
     if jnp.issubdtype(value.dtype, jnp.floating):
       return value
   elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError:  # An int of hundreds of digits.
+      return math.inf
   raise TypeError(f'sign_power: {name} must be {wanted}, got {value!r}.')

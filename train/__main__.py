@@ -2,12 +2,15 @@
 
 import importlib.util
 import logging
+import os
+import signal
 import sys
 
 _PROG = 'python -m train'
 _NEEDED = (
-  'array_record', 'etils.epath', 'flax', 'grain', 'jax', 'optax',
-  'orbax.checkpoint', 'tensorflow_datasets', 'tokenizers', 'tqdm',
+  'array_record', 'etils.epath', 'flax', 'grain', 'jax', 'ml_dtypes', 'optax',
+  'orbax.checkpoint', 'safetensors', 'tensorflow_datasets', 'tokenizers',
+  'tqdm',
 )  # fmt: skip
 
 
@@ -29,8 +32,11 @@ def main(argv: list[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
+  # The imports take a second, in which JAX can swallow a KeyboardInterrupt.
+  previous = signal.signal(signal.SIGINT, _leave)
   from train import commands, errors  # After the check above.
 
+  signal.signal(signal.SIGINT, previous)
   # Libraries configure the root logger as they are imported: keep out of it.
   logger = logging.getLogger('train')
   logger.handlers = [logging.StreamHandler()]
@@ -44,6 +50,13 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f'\n{_PROG}: interrupted', file=sys.stderr)
     return 130
+
+
+def _leave(number, frame):
+  """Ends the program while nothing is under way."""
+  del number, frame
+  os.write(2, f'\n{_PROG}: interrupted\n'.encode())
+  os._exit(130)
 
 
 def _installed(name: str) -> bool:

@@ -63,7 +63,7 @@ def positive(text: str) -> int:
   return int(text)
 
 
-def directory(text: str) -> pathlib.Path:
+def path(text: str) -> pathlib.Path:
   """A path, with ~ expanded."""
   if not text:
     raise argparse.ArgumentTypeError('it is empty')
@@ -98,12 +98,17 @@ def _replace(config: Any, given: dict[str, Any]) -> Any:
 
 def _converter(kind: type) -> Callable[[str], Any]:
   def convert(text: str):
+    if not text:
+      raise argparse.ArgumentTypeError('it is empty')
     try:
-      return kind(text)
+      value = kind(text)
     except ValueError:
       raise argparse.ArgumentTypeError(
         f'{text!r} is not {"a whole number" if kind is int else "a number"}'
       ) from None
+    if kind is int and abs(value) > 2**32:
+      raise argparse.ArgumentTypeError(f'{text} is too large')
+    return value
 
   return convert
 

@@ -45,7 +45,7 @@ def _add_demo(commands) -> None:
     description='Trains the demo recipe twice, without and with the power.',
   )
   parser.add_argument(
-    '--run-dir', type=cli.directory, default=pathlib.Path('runs/demo')
+    '--run-dir', type=cli.path, default=pathlib.Path('runs/demo')
   )
   cli.add_config_options(parser)
   parser.set_defaults(call=_demo)
@@ -53,7 +53,9 @@ def _add_demo(commands) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
   config = cli.with_options(recipes.get('demo'), options)
-  return _status(demo.run(config, options.run_dir), options.run_dir)
+  if demo.run(config, options.run_dir) == 'interrupted':
+    return _interrupted(options.run_dir)
+  return _DONE
 
 
 def _add_run(commands) -> None:
@@ -63,7 +65,7 @@ def _add_run(commands) -> None:
     description='Trains a recipe; the same command again continues it.',
   )
   parser.add_argument('recipe', metavar='RECIPE')
-  parser.add_argument('--run-dir', type=cli.directory, required=True)
+  parser.add_argument('--run-dir', type=cli.path, required=True)
   parser.add_argument(
     '--stop-at', type=cli.positive, help='save and end after this many steps'
   )
@@ -81,7 +83,15 @@ def _run(options: argparse.Namespace) -> int:
       f'done: {result.step} steps, held-out loss '
       f'{result.validation_loss:.4f} nats a token, in {options.run_dir}'
     )
-  return _status(result.status, options.run_dir)
+  if result.status == 'interrupted':
+    return _interrupted(options.run_dir)
+  if result.status == 'stopped':
+    print(
+      f'stopped: {result.step} of {config.steps} steps, saved in '
+      f'{options.run_dir}; without --stop-at, or with a larger one, the same '
+      'command goes on'
+    )
+  return _DONE
 
 
 def _add_report(commands) -> None:
@@ -91,9 +101,9 @@ def _add_report(commands) -> None:
     description='Writes one self-contained page; the first run is the '
     'baseline of differences.',
   )
-  parser.add_argument('runs', nargs='+', metavar='RUN_DIR', type=cli.directory)
+  parser.add_argument('runs', nargs='+', metavar='RUN_DIR', type=cli.path)
   parser.add_argument(
-    '--out', type=cli.directory, help='default: report.html in the first'
+    '--out', type=cli.path, help='default: report.html in the first'
   )
   parser.set_defaults(call=_report)
 
@@ -122,11 +132,9 @@ def _recipes(options: argparse.Namespace) -> int:
   return _DONE
 
 
-def _status(status: str, run_dir: pathlib.Path) -> int:
-  if status == 'done':
-    return _DONE
+def _interrupted(run_dir: pathlib.Path) -> int:
   print(
-    f'{status}, saved in {run_dir}; the same command goes on from there',
+    f'interrupted, saved in {run_dir}; the same command goes on from there',
     file=sys.stderr,
   )
-  return _INTERRUPTED if status == 'interrupted' else _DONE
+  return _INTERRUPTED

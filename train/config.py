@@ -5,13 +5,14 @@ field is also a command-line option, `--path.to.field VALUE` (`train/cli.py`).
 """
 
 import dataclasses
-import math
 
 from models.config import LlamaConfig
 from train import errors
 
 # 256 bytes and the end-of-text token.
 _MIN_VOCAB_SIZE = 257
+_MAX_VOCAB_SIZE = 2**24
+_LARGEST_FLOAT32 = 3.4e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,11 @@ class DataConfig:
         raise errors.UserError(
           f'--data.{name} must be at least {least}, not {value}'
         )
+    if self.vocab_size > _MAX_VOCAB_SIZE:
+      raise errors.UserError(
+        f'--data.vocab_size must be at most {_MAX_VOCAB_SIZE}, not'
+        f' {self.vocab_size}'
+      )
     if not 0 < self.validation_fraction < 1:
       raise errors.UserError(
         '--data.validation_fraction must be between 0 and 1, both excluded,'
@@ -98,7 +104,8 @@ class OptimizerConfig:
     Raises:
       UserError: naming the option that is out of range.
     """
-    for name in ('power', 'learning_rate', 'eps'):
+    _require(self, 'power', lambda v: 0 < v < 1e6, 'positive and below 1e6')
+    for name in ('learning_rate', 'eps'):
       _require(self, name, lambda v: v > 0, 'positive')
     for name in ('power_eps', 'weight_decay', 'clip_norm'):
       _require(self, name, lambda v: v >= 0, 'zero or more')
@@ -115,7 +122,7 @@ class OptimizerConfig:
 
 def _require(config, name, holds, wanted):
   value = getattr(config, name)
-  if not (math.isfinite(value) and holds(value)):
+  if not (abs(value) < _LARGEST_FLOAT32 and holds(value)):
     raise errors.UserError(f'--optimizer.{name} must be {wanted}, not {value}')
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import textwrap
 
@@ -11,13 +10,13 @@ from train.checkpoint import one_line_errors
 from train.config import Config
 from train.errors import UserError
 from train.report import write_report
-from train.run_dir import write_atomically
+from train.run_dir import plain, write_atomically
 
 ARMS = ('adamw', 'adamw_power')
 WARNING = (
-  'One seed at this size proves nothing: seeds alone move the final loss by '
-  'as much as the power does. This page shows that both runs work, not which '
-  'optimizer is better.'
+  'One seed at this size proves nothing: another seed can move the final loss '
+  'by as much as the power does. This page shows that both runs work, not '
+  'which optimizer is better.'
 )
 
 
@@ -50,6 +49,8 @@ def run(config: Config, directory: pathlib.Path) -> str:
     if result.status != 'done':
       return result.status
     results[name] = result
+    if result.interrupted and len(results) < len(configs):
+      return 'interrupted'
   _write_results(directory, results)
   power = f'{config.optimizer.power:g}'
   write_report(
@@ -68,13 +69,13 @@ def _write_results(
 ) -> None:
   arms = {
     name: {
-      'validation_loss': _number(result.validation_loss),
+      'validation_loss': plain(result.validation_loss),
       'params_digest': result.params_digest,
       'run_dir': str(directory / name),
     }
     for name, result in results.items()
   }
-  document = {'arms': arms, 'difference': _number(_difference(results))}
+  document = {'arms': arms, 'difference': plain(_difference(results))}
   with one_line_errors(directory):
     write_atomically(
       directory / 'results.json', json.dumps(document, indent=2) + '\n'
@@ -85,10 +86,6 @@ def _difference(results: dict[str, loop.Result]) -> float:
   """Powered minus plain, in nats a token: negative where the power helps."""
   plain, powered = (results[name].validation_loss for name in ARMS)
   return powered - plain
-
-
-def _number(value: float) -> float | str:
-  return value if math.isfinite(value) else str(value)
 
 
 def _table(directory: pathlib.Path, results: dict[str, loop.Result]) -> str:

@@ -37,6 +37,8 @@ class Result:
   """Nats a token on the held-out split, where done."""
   params_digest: str = ''
   """See `train/digest.py`; empty unless done."""
+  interrupted: bool = False
+  """Whether a signal came, if only in a run's last moments."""
 
 
 class Interrupt:
@@ -104,6 +106,7 @@ def run(
   mesh = make_mesh(config.data.batch_size)
   dataset = data.load(config.data)
   config = resolve(config, dataset)
+  optimizer = make_optimizer(config)
   directory = RunDir(run_dir, config, dataset.source_hash)
   if (end := directory.done()) is not None:
     _logger.info('%s: already done, at step %d', name, end['step'])
@@ -111,20 +114,21 @@ def run(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
     )
   with Interrupt() as interrupt:
-    return _Run(config, directory, dataset, mesh, name, stop_at, interrupt)()
+    parts = config, optimizer, directory, dataset, mesh, name, stop_at
+    result = _Run(*parts, interrupt)()
+    return dataclasses.replace(result, interrupted=bool(interrupt.received))
 
 
 class _Run:
   """The parts of a run that is under way."""
 
   def __init__(
-    self, config, directory, dataset, mesh, name, stop_at, interrupt
+    self, config, optimizer, directory, dataset, mesh, name, stop_at, interrupt
   ):
     self.config = config
     self.directory = directory
     self.interrupt = interrupt
     self.last = min(config.steps, stop_at or config.steps)
-    optimizer = make_optimizer(config)
     self.learning_rate = schedule(config.optimizer, config.steps)
     make_state, graph = step_lib.init(config, optimizer)
     whole = replicated(mesh)
@@ -147,7 +151,11 @@ class _Run:
 
   def __call__(self) -> Result:
     try:
+      if self.last <= self.step < self.config.steps:
+        return Result('stopped', self.step)  # As it was before.
+      self.directory.rewind(self.step)
       if self.step:
+        self.directory.log({'event': 'resumed', 'step': self.step})
         self.display.say(f'continues from step {self.step}')
       status = self._train()
       if status == 'done':
@@ -161,11 +169,9 @@ class _Run:
   def _restore(self) -> int:
     """Takes up the last checkpoint; returns the steps taken."""
     step = self.checkpoints.latest_step()
-    self.directory.rewind(step or 0)
     if step is None:
       return 0
     self.state = self.checkpoints.restore(step, abstract(self.state))
-    self.directory.log({'event': 'resumed', 'step': step})
     return step
 
   def _train(self) -> str:

@@ -28,6 +28,7 @@ class Display:
     self._first = step
     self._start = self._last_line = time.monotonic()
     self._validation = ''
+    self._rate: float | None = None  # A mean over the last ten steps or so.
     self._bar = None
     if self._file.isatty():
       self._bar = tqdm.tqdm(
@@ -38,8 +39,11 @@ class Display:
 
   def train(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Shows a step that is done."""
+    if self._rate is None:
+      self._rate = tokens_per_second
+    self._rate += 0.1 * (tokens_per_second - self._rate)
     numbers = (
-      f'loss {loss:.3f}{self._validation} {_thousands(tokens_per_second)} tok/s'
+      f'loss {loss:.3f}{self._validation} {_thousands(self._rate)} tok/s'
     )
     if self._bar is not None:
       self._bar.set_postfix_str(numbers, refresh=False)

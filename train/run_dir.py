@@ -44,7 +44,10 @@ class RunDir:
       path.mkdir(parents=True, exist_ok=True)
       if (path / 'config.json').exists():
         _check_same(path, wanted, source_hash)
-      elif {entry.name for entry in path.iterdir()} - {'run.json'}:
+      elif any(
+        entry.name != 'run.json' and entry.suffix != '.tmp'
+        for entry in path.iterdir()
+      ):
         raise UserError(
           f'{path} is not empty and holds no config.json: name another '
           '--run-dir'
@@ -67,7 +70,7 @@ class RunDir:
   def log(self, *lines: dict[str, Any]) -> None:
     """Appends to metrics.jsonl."""
     text = ''.join(
-      json.dumps({k: _plain(v) for k, v in line.items()}) + '\n'
+      json.dumps({k: plain(v) for k, v in line.items()}) + '\n'
       for line in lines
     )
     with one_line_errors(self.path), self._metrics.open('a') as file:
@@ -130,7 +133,7 @@ def _ends(line: dict[str, Any]) -> bool:
   return line.get('event') in ('done', 'stopped')
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """JSON has no words for non-finite numbers."""
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)

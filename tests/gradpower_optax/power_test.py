@@ -17,10 +17,10 @@ from gradpower_optax import power
 signed_power = power.signed_power
 traced_power = jax.jit(signed_power)  # p is then a tracer.
 
-# Both sides of where the fast form changes its logarithm (|p - 1| = 0.3) and
+# Both sides of where the fast form changes its logarithm (|p - 1| = 0.2) and
 # applies its factor in two halves (|p - 1| = 0.98), and ordinary values.
-INSIDE = (0.5, 0.69, 0.7, 0.75, 0.9, 0.999, 1.001, 1.1, 1.2, 1.25, 1.3, 1.31,
-          1.5, 1.9, 1.99, 2.0, 2.5, 3.0)  # fmt: skip
+INSIDE = (0.5, 0.75, 0.79, 0.8, 0.9, 0.999, 1.001, 1.1, 1.2, 1.21, 1.3, 1.5,
+          1.9, 1.99, 2.0, 2.5, 3.0)  # fmt: skip
 OUTSIDE = (0.01, 0.1, 0.3, 0.45, 4.7, 10.0, 33.3, 100.0)
 TINY = np.finfo(np.float32).tiny
 MAX = np.finfo(np.float32).max
@@ -270,10 +270,17 @@ def test_zeros_infinities_and_nan(p, eps, traced):
   np.testing.assert_allclose(y[5:], [1.0, -1.0], rtol=2e-6)
 
 
+@pytest.mark.parametrize('eps', [0.0, 'traced 0', 1e-8])
+@pytest.mark.parametrize('traced', [False, True])
 @pytest.mark.parametrize('p', [0.5, 1.2, 3.0])
-def test_subnormals_keep_their_sign_and_stay_small(p):
+def test_subnormals_keep_their_sign_and_stay_small(p, traced, eps):
   x = np.float32([1e-40, -1e-40, 1e-45, -1e-45])
-  y = np.asarray(signed_power(jnp.asarray(x), p))
+  y = signed_power(
+    jnp.asarray(x),
+    jnp.float32(p) if traced else p,
+    jnp.float32(0) if eps == 'traced 0' else eps,
+  )
+  y = np.asarray(y)
   np.testing.assert_array_equal(np.signbit(y), np.signbit(x))
   assert np.all(np.abs(y) <= TINY**p * 1.001)
   if jax.default_backend() == 'cpu':

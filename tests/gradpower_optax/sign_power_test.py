@@ -472,6 +472,7 @@ def test_the_authors_chain():
       r'shape \(3,\); for a value per group.*partition',
     ),
     (np.ones((1, 1)), ValueError, r'shape \(1, 1\)'),
+    (10**400, ValueError, 'got inf'),
     (True, TypeError, 'a positive number, a scalar array or a schedule, got'),
     (np.bool_(True), TypeError, 'got .*True'),
     (jnp.array(True), TypeError, 'got .*True'),
@@ -561,3 +562,15 @@ def test_integer_parameters_are_refused_and_the_remedy_works():
   tx = optax.masked(sign_power(2.0), {'w': True, 'table': False})
   updates = apply(tx, grads)
   np.testing.assert_array_equal(updates['w'], [4.0, 16.0])
+
+
+def test_numpy_numbers_of_low_precision_warn():
+  for number in (np.float16(1.2), jnp.bfloat16(1.2)):
+    with pytest.warns(UserWarning, match='p arrives as b?float16'):
+      sign_power(number)
+
+
+def test_a_leaf_that_is_no_number_is_named():
+  for leaf in ('text', object()):
+    with pytest.raises(TypeError, match=r"floating dtype, but \['a'\] is"):
+      sign_power(1.2).update({'a': leaf}, optax.EmptyState())

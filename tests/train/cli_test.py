@@ -21,6 +21,11 @@ CHANGED = {
   'model.d_ff': 100,
   'model.norm_eps': 1e-5,
   'model.rope_theta': 500.0,
+  'model.rope_scaling.factor': 2.0,
+  'model.rope_scaling.low_freq_factor': 0.5,
+  'model.rope_scaling.high_freq_factor': 3.0,
+  'model.rope_scaling.original_length': 1024,
+  'model.qkv_bias': True,
   'model.init_std': 0.01,
   'model.tie_embeddings': True,
   'model.scan_layers': True,
@@ -108,7 +113,8 @@ MISTAKES = [
   ('--steps 1.5', "--steps: '1.5' is not a whole number"),
   ('--steps x', "--steps: 'x' is not a whole number"),
   ('--steps', '--steps: expected one argument'),
-  ('--steps=', "--steps: '' is not a whole number"),
+  ('--steps=', '--steps: it is empty'),
+  (f'--steps {10**20}', f'--steps: {10**20} is too large'),
   ('--steps 0', '--steps must be at least 1, not 0'),
   ('--steps -3', '--steps must be at least 1'),
   ('--seed -1', '--seed must be at least 0'),
@@ -129,9 +135,17 @@ MISTAKES = [
   ('--data.validation_fraction nan', '--data.validation_fraction must be'),
   ('--data.validation_fraction 1', '--data.validation_fraction must be'),
   ('--data.validation_tokens 0', '--data.validation_tokens must be at least'),
-  ('--data.text_field=', '--data.text_field must not be empty'),
-  ('--optimizer.power nan', '--optimizer.power must be positive, not nan'),
-  ('--optimizer.power 0', '--optimizer.power must be positive, not 0'),
+  ('--data.text_field=', '--data.text_field: it is empty'),
+  ('--data.files=', '--data.files: it is empty'),
+  (f'--data.vocab_size {2**25}', '--data.vocab_size must be at most'),
+  ('--optimizer.learning_rate 1e39', '--optimizer.learning_rate must be'),
+  ('--optimizer.power_eps 1e50', '--optimizer.power_eps must be zero or more'),
+  ('--optimizer.power 2e6', '--optimizer.power must be positive and below 1e6'),
+  ('--optimizer.power nan', '--optimizer.power must be positive and below'),
+  (
+    '--optimizer.power 0',
+    '--optimizer.power must be positive and below 1e6, not 0',
+  ),
   ('--optimizer.power two', "--optimizer.power: 'two' is not a number"),
   ('--optimizer.learning_rate inf', '--optimizer.learning_rate must be'),
   ('--optimizer.learning_rate -1', '--optimizer.learning_rate must be'),
@@ -196,7 +210,7 @@ def test_stop_at_takes_a_positive_number(text):
 
 def test_directories(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert cli.directory('~/run') == tmp_path / 'run'
+  assert cli.path('~/run') == tmp_path / 'run'
   for text in ('', '~nobody-of-this-name/run'):
     with pytest.raises(argparse.ArgumentTypeError):
-      cli.directory(text)
+      cli.path(text)

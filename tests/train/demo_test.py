@@ -134,6 +134,20 @@ def test_an_interrupted_demo_goes_on(
   assert capsys.readouterr().err.endswith('\npython -m train: interrupted\n')
   assert [path.name for path in run_dir.iterdir()] == ['adamw']
 
+  # In the last moments of the first arm: it ends, the second does not start.
+  class LastMoment(loop.Display):
+    def validation(self, loss):
+      super().validation(loss)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  other = tmp_path / 'other'
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'Display', LastMoment)
+    patch.setattr(loop._Run, '_train', lambda self: 'done')
+    assert main('demo', '--run-dir', other, *tiny) == 130
+  assert [path.name for path in other.iterdir()] == ['adamw']
+  assert 'interrupted, saved in' in capsys.readouterr().err
+
   class Display(loop.Display):
     def train(self, step, loss, tokens_per_second):
       super().train(step, loss, tokens_per_second)

@@ -82,7 +82,7 @@ def test_text_that_cannot_be_used(
     (['run', 'demo', '--run-dir', 'RUN', '--steps', '1.5'],
      "--steps: '1.5' is not a whole number"),
     (['run', 'demo', '--run-dir', 'RUN', '--optimizer.power', 'nan'],
-     '--optimizer.power must be positive, not nan'),
+     '--optimizer.power must be positive and below 1e6, not nan'),
     (['run', 'demo', '--run-dir', 'RUN', '--data.batch_size', '12'],
      'multiple of the number of devices (8)'),
     (['run', 'demo', '--run-dir', 'RUN', '--data.corpus', 'novels'],

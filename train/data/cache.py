@@ -43,8 +43,7 @@ def one_line_errors(directory: pathlib.Path) -> Iterator[None]:
         f'no space left to write the data cache in {directory}: free some, or'
         ' set GRADPOWER_CACHE to a directory on a larger disk'
       ) from error
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                  errno.EEXIST):  # fmt: skip
+    if isinstance(error, OSError) and number is not None:
       raise errors.UserError(
         f'cannot write the data cache in {directory}'
         f' ({os.strerror(number)}): set GRADPOWER_CACHE to a directory that'
