@@ -105,20 +105,23 @@ def save(model: Llama, folder: str | os.PathLike[str]) -> None:
   Args:
     model: What to write; its parameters stay float32.
     folder: Made if it is not there. Both files are replaced whole.
+
+  Raises:
+    ValueError: the format has no place for an option; nothing is written.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   config = model.config
+  text = json.dumps(_to_hugging_face(config), indent=2) + '\n'
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   tensors = {}
   for path, entry in _table(config).items():
     array = np.asarray(_lookup(params, path, config.scan_layers))
     tensors[entry.name] = np.ascontiguousarray(entry.to_theirs(array))
+  folder.mkdir(parents=True, exist_ok=True)
   with _replaced(folder / _SINGLE) as temporary:
     safetensors.numpy.save_file(tensors, temporary, metadata={'format': 'pt'})
   with _replaced(folder / 'config.json') as temporary:
-    text = json.dumps(_to_hugging_face(config), indent=2)
-    temporary.write_text(text + '\n')
+    temporary.write_text(text)
 
 
 def load_config(folder: str | os.PathLike[str]) -> LlamaConfig:

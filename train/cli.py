@@ -26,6 +26,16 @@ class Parser(argparse.ArgumentParser):
     """Raises instead of printing the whole usage."""
     raise UserError(f'{message} (see {self.prog} --help)')
 
+  def parse_known_args(self, args=None, namespace=None):
+    """Refuses '--option=--', which Python before 3.13 reads as no value."""
+    namespace, rest = super().parse_known_args(args, namespace)
+    for action in self._actions:
+      if action.option_strings and getattr(namespace, action.dest, None) == []:
+        self.error(
+          f'argument {action.option_strings[0]}: expected one argument'
+        )
+    return namespace, rest
+
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every field of `Config`."""

@@ -44,17 +44,9 @@ class DataConfig:
     Raises:
       UserError: naming the option that is out of range.
     """
-    for name, least in (
-      ('vocab_size', _MIN_VOCAB_SIZE),
-      ('sequence_length', 1),
-      ('batch_size', 1),
-      ('validation_tokens', 1),
-    ):
-      value = getattr(self, name)
-      if value < least:
-        raise errors.UserError(
-          f'--data.{name} must be at least {least}, not {value}'
-        )
+    _require_least(self, 'data.', 'vocab_size', _MIN_VOCAB_SIZE)
+    for name in ('sequence_length', 'batch_size', 'validation_tokens'):
+      _require_least(self, 'data.', name, 1)
     if self.vocab_size > _MAX_VOCAB_SIZE:
       raise errors.UserError(
         f'--data.vocab_size must be at most {_MAX_VOCAB_SIZE}, not'
@@ -120,6 +112,14 @@ class OptimizerConfig:
       )
 
 
+def _require_least(config, prefix, name, least):
+  value = getattr(config, name)
+  if value < least:
+    raise errors.UserError(
+      f'--{prefix}{name} must be at least {least}, not {value}'
+    )
+
+
 def _require(config, name, holds, wanted):
   value = getattr(config, name)
   if not (abs(value) < _LARGEST_FLOAT32 and holds(value)):
@@ -153,16 +153,9 @@ class Config:
     Raises:
       UserError: naming the option to change.
     """
-    for name, least in (
-      ('steps', 1),
-      ('seed', 0),
-      ('eval_every', 1),
-      ('save_every', 1),
-    ):
-      if getattr(self, name) < least:
-        raise errors.UserError(
-          f'--{name} must be at least {least}, not {getattr(self, name)}'
-        )
+    for name in ('steps', 'eval_every', 'save_every'):
+      _require_least(self, '', name, 1)
+    _require_least(self, '', 'seed', 0)
     if self.seed >= 2**32:
       raise errors.UserError(f'--seed must be below 2**32, not {self.seed}')
     if self.optimizer.warmup_steps >= self.steps:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from train import data
 from train import step as step_lib
@@ -129,7 +130,12 @@ class _Run:
     self.directory = directory
     self.interrupt = interrupt
     self.last = min(config.steps, stop_at or config.steps)
-    self.learning_rate = schedule(config.optimizer, config.steps)
+    # All at once: asked step by step, it would queue behind the step under way.
+    self.learning_rates = jax.device_get(
+      jax.vmap(schedule(config.optimizer, config.steps))(
+        jnp.arange(config.steps)
+      )
+    )
     make_state, graph = step_lib.init(config, optimizer)
     whole = replicated(mesh)
     self.put = functools.partial(jax.device_put, device=batch_sharding(mesh))
@@ -212,7 +218,7 @@ class _Run:
       'step': step,
       'split': 'train',
       **numbers,
-      'learning_rate': float(self.learning_rate(step - 1)),
+      'learning_rate': float(self.learning_rates[step - 1]),
       'tokens': step * self.config.tokens_per_step,
     }
     if self.clock is not None:  # The first step's time is compilation.

@@ -225,4 +225,5 @@ def test_qkv_bias_has_no_place_in_a_llama_folder(tmp_path):
   )
   model = Llama(config, rngs=nnx.Rngs(params=0))
   with pytest.raises(ValueError, match='qkv_bias'):
-    huggingface.save(model, tmp_path)
+    huggingface.save(model, tmp_path / 'model')
+  assert not (tmp_path / 'model').exists()

@@ -114,6 +114,7 @@ MISTAKES = [
   ('--steps x', "--steps: 'x' is not a whole number"),
   ('--steps', '--steps: expected one argument'),
   ('--steps=', '--steps: it is empty'),
+  ('--steps=--', '--steps: '),
   (f'--steps {10**20}', f'--steps: {10**20} is too large'),
   ('--steps 0', '--steps must be at least 1, not 0'),
   ('--steps -3', '--steps must be at least 1'),
