@@ -34,9 +34,15 @@ class RopeScaling:
       raise ValueError('model.rope_scaling.original_length must be at least 1')
 
 
+REMAT_NAMES = (
+  'query', 'key', 'value', 'attention', 'out', 'gate', 'up',
+)  # fmt: skip
+"""Activations of a block that a rematerialisation policy can save."""
+
+
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-  """A LLaMA-style decoder."""
+class DecoderConfig:
+  """What every decoder here has; not a model by itself."""
 
   vocab_size: int = 0
   """Tokens in the vocabulary; 0 takes the tokenizer's."""
@@ -65,13 +71,23 @@ class LlamaConfig:
   scan_layers: bool = False
   """Stack the layers and scan them: compile time flat in depth, though slower
   than unrolled on a CPU. The numbers are the same."""
+  remat: str = 'none'
+  """What of a block the backward pass computes again: 'none'; 'full', all of
+  it; 'minimal', all but its matrix products and attention; or the names to
+  save, of `REMAT_NAMES`, joined by commas."""
+  z_loss: float = 0.0
+  """Weight of the mean squared log-normaliser of the logits in the loss."""
   dtype: str = 'float32'
   """Of the computation, 'float32' or 'bfloat16'; parameters are float32."""
 
   def __post_init__(self):
+    """Checks the range of each field and what must fit together.
+
+    Raises:
+      ValueError: naming the field that is wrong, as 'model.field'.
+    """
     for name in ('d_model', 'n_layers', 'n_heads', 'd_ff'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'model.{name} must be at least 1')
+      _require_least(self, name, 1)
     for name in ('vocab_size', 'n_kv_heads'):
       if getattr(self, name) < 0:
         raise ValueError(f'model.{name} must be positive, or 0')
@@ -93,6 +109,14 @@ class LlamaConfig:
     for name in ('norm_eps', 'rope_theta', 'init_std'):
       if not 0 < getattr(self, name) < math.inf:
         raise ValueError(f'model.{name} must be positive and finite')
+    _require_weight(self, 'z_loss')
+    if self.remat not in ('none', 'minimal', 'full'):
+      unknown = set(self.saved_names) - set(REMAT_NAMES)
+      if unknown:
+        raise ValueError(
+          "model.remat must be 'none', 'minimal', 'full' or names among "
+          f'{",".join(REMAT_NAMES)}, not {self.remat!r}'
+        )
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"
@@ -107,3 +131,85 @@ class LlamaConfig:
   def kv_heads(self) -> int:
     """Key and value heads."""
     return self.n_kv_heads or self.n_heads
+
+  @property
+  def saved_names(self) -> tuple[str, ...]:
+    """What `remat` saves of a block, by name."""
+    if self.remat == 'minimal':
+      return REMAT_NAMES
+    if self.remat in ('none', 'full'):
+      return ()
+    return tuple(self.remat.split(','))
+
+  def is_sparse(self, layer: int) -> bool:
+    """Whether a layer, counted from 0, has experts."""
+    del layer
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+  """A LLaMA-style decoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2MoeConfig(DecoderConfig):
+  """A Qwen2-MoE decoder: experts in the place of the SwiGLU layer."""
+
+  qkv_bias: bool = True
+  """Whether queries, keys and values have biases, which start at 0."""
+  n_experts: int = 16
+  """Routed experts of a sparse layer."""
+  experts_per_token: int = 4
+  """Experts that each token is sent to."""
+  d_expert: int = 96
+  """Width of an expert's SwiGLU hidden layer."""
+  d_shared: int = 384
+  """Width of the shared expert, which every token passes; 0 for none."""
+  renormalize: bool = False
+  """Whether a token's expert weights are divided by their sum."""
+  sparse_step: int = 1
+  """Every so manieth layer is sparse, the last of each group; others are
+  dense, of width d_ff."""
+  dense_layers: tuple[int, ...] = ()
+  """Layers, from 0, that are dense whatever sparse_step says."""
+  balance_loss: float = 0.001
+  """Weight of the load-balancing loss."""
+  router_z_loss: float = 0.0
+  """Weight of the mean squared log-normaliser of the router's logits."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('n_experts', 'experts_per_token', 'd_expert', 'sparse_step'):
+      _require_least(self, name, 1)
+    if self.d_shared < 0:
+      raise ValueError('model.d_shared must be positive, or 0')
+    if self.experts_per_token > self.n_experts:
+      raise ValueError(
+        f'model.experts_per_token ({self.experts_per_token}) must be at most '
+        f'model.n_experts ({self.n_experts})'
+      )
+    for layer in self.dense_layers:
+      if not 0 <= layer < self.n_layers:
+        raise ValueError(
+          f'model.dense_layers: there is no layer {layer}; the first is 0 and '
+          f'the last {self.n_layers - 1}'
+        )
+    for name in ('balance_loss', 'router_z_loss'):
+      _require_weight(self, name)
+
+  def is_sparse(self, layer: int) -> bool:
+    """Whether a layer, counted from 0, has experts."""
+    return (
+      layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
+    )
+
+
+def _require_least(config, name: str, least: int) -> None:
+  if getattr(config, name) < least:
+    raise ValueError(f'model.{name} must be at least {least}')
+
+
+def _require_weight(config, name: str) -> None:
+  if not 0 <= getattr(config, name) < math.inf:
+    raise ValueError(f'model.{name} must be zero or more, and finite')

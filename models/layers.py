@@ -1,28 +1,37 @@
 """Parts of a decoder: norm, rotary embedding, attention, SwiGLU.
 
-Shape suffixes: B batch, T tokens, D model width, F hidden width, N query
-heads, K key and value heads, H head width.
+Shape suffixes: B batch, T tokens, S cached tokens, D model width, F hidden
+width, N query heads, K key and value heads, H head width, R half of H, L
+layers.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from models.config import RopeScaling
+from models.attention import attend, attend_cached
+from models.config import DecoderConfig, RopeScaling
+from models.sharding import constrain, param
 
 
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
-  """A float32 parameter drawn from normal(0, std)."""
-  return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+def normal_param(
+  rngs: nnx.Rngs, shape: tuple[int, ...], std: float, *names: str
+) -> nnx.Param:
+  """A float32 parameter drawn from normal(0, std), its axes named."""
+  value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return param(value, *names)
 
 
 class RMSNorm(nnx.Module):
   """Divides by the root mean square, in float32, then scales."""
 
   def __init__(self, width: int, eps: float):
-    self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    self.scale = param(jnp.ones((width,), jnp.float32), 'norm')
     self.eps = eps
 
   def __call__(self, x_BTD):
@@ -33,7 +42,7 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_angles(
-  length: int,
+  positions_BT: jax.Array,
   head_dim: int,
   theta: float,
   scaling: RopeScaling | None = None,
@@ -41,85 +50,153 @@ def rotary_angles(
   """Cosines and sines of the rotary embedding.
 
   Args:
-    length: Tokens in the sequence.
+    positions_BT: Of the tokens, integers.
     head_dim: Width of a head.
     theta: Base of the wavelengths.
     scaling: Llama 3's (arXiv 2407.21783; the rule is of its released code):
       slow frequencies divided, fast ones kept, in between interpolated.
 
   Returns:
-    Two float32 arrays (length, head_dim / 2).
+    Two float32 arrays (batch, length, head_dim / 2).
   """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequency = theta**-exponent  # Radians a token.
+  frequency_R = theta**-exponent  # Radians a token.
   if scaling is not None and scaling.factor != 1.0:
-    turns = scaling.original_length * frequency / (2 * math.pi)
+    turns = scaling.original_length * frequency_R / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    frequency = frequency * (kept + (1 - kept) / scaling.factor)
-  angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+    frequency_R = frequency_R * (kept + (1 - kept) / scaling.factor)
+  angle_BTR = positions_BT[..., None].astype(jnp.float32) * frequency_R
+  return jnp.cos(angle_BTR), jnp.sin(angle_BTR)
 
 
-def apply_rotary(x_BTNH, cos, sin):
+def apply_rotary(x_BTNH, cos_BTR, sin_BTR):
   """Rotates pairs (i, i + H/2) of each head: the layout of Hugging Face."""
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, None, :], sin[:, None, :]
+  cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x_BTNH.dtype)
 
 
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far."""
+
+  keys_LBSKH: jax.Array
+  values_LBSKH: jax.Array
+  length: jax.Array
+  """int32 scalar: tokens so far, at most S."""
+
+
 class Attention(nnx.Module):
   """Causal self-attention with rotary positions and grouped queries."""
 
-  def __init__(self, config, *, rngs: nnx.Rngs):
+  def __init__(
+    self, config: DecoderConfig, *, rngs: nnx.Rngs, mesh: Mesh | None
+  ):
     c, std = config, config.init_std
     query, key = (c.n_heads, c.head_dim), (c.kv_heads, c.head_dim)
-    self.query = normal_param(rngs, (c.d_model, *query), std)
-    self.key = normal_param(rngs, (c.d_model, *key), std)
-    self.value = normal_param(rngs, (c.d_model, *key), std)
-    self.out = normal_param(rngs, (*query, c.d_model), std)
+    of_query, of_key = ('heads', 'head_dim'), ('kv_heads', 'head_dim')
+    self.query = normal_param(
+      rngs, (c.d_model, *query), std, 'embed', *of_query
+    )
+    self.key = normal_param(rngs, (c.d_model, *key), std, 'embed', *of_key)
+    self.value = normal_param(rngs, (c.d_model, *key), std, 'embed', *of_key)
+    self.out = normal_param(rngs, (*query, c.d_model), std, *of_query, 'embed')
     self.has_bias = c.qkv_bias
     if c.qkv_bias:
-      self.query_bias = nnx.Param(jnp.zeros(query, jnp.float32))
-      self.key_bias = nnx.Param(jnp.zeros(key, jnp.float32))
-      self.value_bias = nnx.Param(jnp.zeros(key, jnp.float32))
+      self.query_bias = param(jnp.zeros(query, jnp.float32), *of_query)
+      self.key_bias = param(jnp.zeros(key, jnp.float32), *of_key)
+      self.value_bias = param(jnp.zeros(key, jnp.float32), *of_key)
+    self.mesh = mesh
 
-  def __call__(self, x_BTD, cos, sin):
+  def __call__(self, x_BTD, angles, segments_BT=None):
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angles)
+    y_BTNH = attend(
+      q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, mesh=self.mesh
+    )
+    return self._merge(y_BTNH)
+
+  def decode(self, x_BTD, angles, cache: Cache, layer: int):
+    """Attends from new tokens to those of the cache and to each other.
+
+    Args:
+      x_BTD: The new tokens.
+      angles: Of their positions, which follow those cached.
+      cache: With room for them.
+      layer: Which of the cache's layers this is.
+
+    Returns:
+      As `__call__`; and the cache with their keys and values, its length as it
+      was: other layers are still to come.
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angles)
+    start = cache.length
+    at = (layer, 0, start, 0, 0)
+    keys_LBSKH, values_LBSKH = (
+      jax.lax.dynamic_update_slice(stack, new[None], at)
+      for stack, new in (
+        (cache.keys_LBSKH, k_BTKH),
+        (cache.values_LBSKH, v_BTKH),
+      )
+    )
+    y_BTNH = attend_cached(
+      q_BTNH, keys_LBSKH[layer], values_LBSKH[layer], start, mesh=self.mesh
+    )
+    return self._merge(y_BTNH), Cache(keys_LBSKH, values_LBSKH, start)
+
+  def _project(self, x_BTD, angles):
     dtype = x_BTD.dtype
-    query, key, value, out = (
-      w[...].astype(dtype) for w in (self.query, self.key, self.value, self.out)
+
+    def project(weight, bias, heads, name):
+      y = jnp.einsum('btd,dnh->btnh', x_BTD, weight[...].astype(dtype))
+      if bias is not None:
+        y += bias[...].astype(dtype)
+      y = constrain(y, self.mesh, 'batch', 'length', heads, 'head_dim')
+      # After the rotation, so that a saved one is not rotated again.
+      y = y if name == 'value' else apply_rotary(y, *angles)
+      return checkpoint_name(y, name)
+
+    biases = (
+      (self.query_bias, self.key_bias, self.value_bias)
+      if self.has_bias
+      else (None, None, None)
     )
-    q_BTNH = jnp.einsum('btd,dnh->btnh', x_BTD, query)
-    k_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, key)
-    v_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, value)
-    if self.has_bias:
-      q_BTNH += self.query_bias[...].astype(dtype)
-      k_BTKH += self.key_bias[...].astype(dtype)
-      v_BTKH += self.value_bias[...].astype(dtype)
-    y_BTNH = jax.nn.dot_product_attention(
-      apply_rotary(q_BTNH, cos, sin),
-      apply_rotary(k_BTKH, cos, sin),
-      v_BTKH,
-      is_causal=True,
-      implementation='xla',
+    return (
+      project(self.query, biases[0], 'heads', 'query'),
+      project(self.key, biases[1], 'kv_heads', 'key'),
+      project(self.value, biases[2], 'kv_heads', 'value'),
     )
-    return jnp.einsum('btnh,nhd->btd', y_BTNH, out)
+
+  def _merge(self, y_BTNH):
+    out = self.out[...].astype(y_BTNH.dtype)
+    y_BTD = jnp.einsum('btnh,nhd->btd', y_BTNH, out)
+    return checkpoint_name(y_BTD, 'out')
 
 
 class SwiGLU(nnx.Module):
   """down(silu(gate(x)) * up(x)), without biases."""
 
-  def __init__(self, d_model: int, d_ff: int, std: float, *, rngs: nnx.Rngs):
-    self.gate = normal_param(rngs, (d_model, d_ff), std)
-    self.up = normal_param(rngs, (d_model, d_ff), std)
-    self.down = normal_param(rngs, (d_ff, d_model), std)
+  def __init__(
+    self,
+    d_model: int,
+    d_ff: int,
+    std: float,
+    *,
+    rngs: nnx.Rngs,
+    mesh: Mesh | None,
+  ):
+    self.gate = normal_param(rngs, (d_model, d_ff), std, 'embed', 'mlp')
+    self.up = normal_param(rngs, (d_model, d_ff), std, 'embed', 'mlp')
+    self.down = normal_param(rngs, (d_ff, d_model), std, 'mlp', 'embed')
+    self.mesh = mesh
 
   def __call__(self, x_BTD):
-    gate, up, down = (
-      w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down)
-    )
-    h_BTF = jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)
-    return h_BTF @ down
+    def project(weight, name):
+      y_BTF = x_BTD @ weight[...].astype(x_BTD.dtype)
+      y_BTF = constrain(y_BTF, self.mesh, 'batch', 'length', 'mlp')
+      return checkpoint_name(y_BTF, name)
+
+    h_BTF = jax.nn.silu(project(self.gate, 'gate')) * project(self.up, 'up')
+    return h_BTF @ self.down[...].astype(x_BTD.dtype)

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from train.errors import UserError
 
 _KEPT = 2
+_MISFITS = (ValueError, KeyError, TypeError, FileNotFoundError)
 
 
 class Checkpoints:
@@ -60,12 +61,10 @@ class Checkpoints:
       return self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract_state)
       )
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-      # TensorStore appends its whole specification, in brackets.
-      reason = str(error).strip().split('\n')[0].split(' [')[0]
+    except _MISFITS as error:
       raise UserError(
         f'cannot restore step {step} from {self._directory}: remove its '
-        f'directory {step} to go on from an earlier one ({reason:.300})'
+        f'directory {step} to go on from an earlier one ({_reason(error)})'
       ) from error
 
   def wait(self) -> None:
@@ -88,6 +87,55 @@ class Checkpoints:
 
   def _one_line_errors(self):
     return one_line_errors(self._directory)
+
+
+def restore_params(
+  directory: pathlib.Path, abstract_params: Any, step: int | None = None
+) -> Any:
+  """Reads the parameters alone; changes nothing, a run may be under way.
+
+  Args:
+    directory: The checkpoints of a run.
+    abstract_params: Shapes, dtypes and shardings.
+    step: Which one; None for the latest.
+
+  Returns:
+    The arrays, in the tree of abstract_params.
+
+  Raises:
+    UserError: there is no such checkpoint, or it does not hold these.
+  """
+  _quiet()
+  if not directory.is_dir():
+    raise UserError(f'there is no checkpoint yet in {directory}')
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps:
+      raise UserError(f'there is no checkpoint yet in {directory}')
+    if step is None:
+      step = steps[-1]
+    if step not in steps:
+      raise UserError(
+        f'there is no step {step} in {directory}, only '
+        f'{", ".join(map(str, steps))}'
+      )
+    wanted = {'params': abstract_params}
+    how = ocp.args.PyTreeRestore(
+      item=wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=True,
+    )
+    try:
+      params = manager.restore(step, args=how)['params']
+      # What is not in the checkpoint comes back as it was asked for.
+      if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+        raise ValueError('it lacks parameters')
+    except _MISFITS as error:
+      raise UserError(
+        f'cannot read step {step} from {directory} ({_reason(error)})'
+      ) from error
+  return params
 
 
 class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
@@ -118,6 +166,11 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
       raise UserError(
         f'cannot write {self._directory}: {os.strerror(number)}'
       ) from error
+
+
+def _reason(error: Exception) -> str:
+  """TensorStore appends its whole specification, in brackets."""
+  return str(error).strip().split('\n')[0].split(' [')[0][:300]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from models import families
 from train.config import Config
 from train.errors import UserError
 
@@ -38,14 +39,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-  """Adds an option for every field of `Config`."""
-  for path, kind in _fields(Config):
+  """Adds an option for every field of `Config`, of all families of models."""
+  for path, kind in _options().items():
     parser.add_argument(
       f'--{path}',
       dest=path,
       default=argparse.SUPPRESS,
-      type=_boolean if kind is bool else _converter(kind),
-      metavar='true|false' if kind is bool else kind.__name__,
+      type=_SPECIAL[kind][0] if kind in _SPECIAL else _converter(kind),
+      metavar=_SPECIAL[kind][1] if kind in _SPECIAL else kind.__name__,
     )
 
 
@@ -57,9 +58,15 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
   """
   given = {
     path: getattr(options, path)
-    for path, _ in _fields(Config)
+    for path in _options()
     if hasattr(options, path)
   }
+  own = {path for path, _ in _fields(type(config.model), 'model.')}
+  for path in given:
+    if path.startswith('model.') and path not in own:
+      raise UserError(
+        f'--{path} is not an option of a {families.family(config.model)} model'
+      )
   try:
     return _replace(config, given)
   except ValueError as error:  # From `models`, which names 'model.field'.
@@ -81,6 +88,14 @@ def path(text: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser()
   except RuntimeError:  # '~name' of nobody here.
     raise argparse.ArgumentTypeError(f'{text!r} has no such home') from None
+
+
+def _options() -> dict[str, Any]:
+  """Every option's dotted path and type."""
+  paths = dict(_fields(Config))
+  for kind in families.CONFIGS.values():
+    paths |= _fields(kind, 'model.')
+  return paths
 
 
 def _fields(config: Any, prefix: str = '') -> Iterator[tuple[str, type]]:
@@ -127,3 +142,18 @@ def _boolean(text: str) -> bool:
   if text.lower() not in ('true', 'false'):
     raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
   return text.lower() == 'true'
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(number) for number in text.split(',') if text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not whole numbers joined by commas'
+    ) from None
+
+
+_SPECIAL: dict[Any, tuple[Callable[[str], Any], str]] = {
+  bool: (_boolean, 'true|false'),
+  tuple[int, ...]: (_numbers, 'int,int'),
+}

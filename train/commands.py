@@ -1,10 +1,11 @@
 """The commands of `python -m train`: each parses its options and calls on."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 
-from train import cli, demo, loop, recipes
+from train import cli, demo, loop, recipes, sample
 from train.report import write_report
 
 _DONE = 0
@@ -33,6 +34,7 @@ def run(prog: str, argv: list[str] | None) -> int:
   _add_demo(commands)
   _add_run(commands)
   _add_report(commands)
+  _add_sample(commands)
   _add_recipes(commands)
   options = parser.parse_args(argv)
   return options.call(options)
@@ -118,6 +120,45 @@ def _report(options: argparse.Namespace) -> int:
   )
   print(f'report: {out}')
   return _DONE
+
+
+def _add_sample(commands) -> None:
+  parser = commands.add_parser(
+    'sample',
+    help='continues a prompt with what a model has learned',
+    description='Writes the prompt and its continuation, as it is generated.',
+  )
+  parser.add_argument(
+    'source',
+    metavar='RUN',
+    type=cli.path,
+    help='a run directory, or a Hugging Face folder with a tokenizer.json',
+  )
+  parser.add_argument(
+    '--step', type=cli.positive, help="of the run's checkpoint; default: latest"
+  )
+  default = sample.Options()
+  for field, kind, meaning in (
+    ('prompt', str, 'what the text begins with; default: nothing'),
+    ('tokens', cli.positive, f'at most; default: {default.tokens}'),
+    ('temperature', float, f'0: the likeliest; default: {default.temperature}'),
+    ('top_p', float, f'mass to draw from; default: {default.top_p}'),
+    ('seed', int, f'of the draws; default: {default.seed}'),
+  ):
+    parser.add_argument(
+      f'--{field.replace("_", "-")}',
+      type=kind,
+      default=getattr(default, field),
+      help=meaning,
+    )
+  parser.set_defaults(call=_sample)
+
+
+def _sample(options: argparse.Namespace) -> int:
+  names = [field.name for field in dataclasses.fields(sample.Options)]
+  wanted = sample.Options(**{name: getattr(options, name) for name in names})
+  status = sample.run(options.source, wanted, options.step)
+  return _INTERRUPTED if status == 'interrupted' else _DONE
 
 
 def _add_recipes(commands) -> None:

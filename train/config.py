@@ -5,8 +5,11 @@ field is also a command-line option, `--path.to.field VALUE` (`train/cli.py`).
 """
 
 import dataclasses
+import typing
+from typing import Any
 
-from models.config import LlamaConfig
+from models import families
+from models.config import DecoderConfig, LlamaConfig
 from train import errors
 
 # 256 bytes and the end-of-text token.
@@ -130,7 +133,7 @@ def _require(config, name, holds, wanted):
 class Config:
   """A run."""
 
-  model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+  model: DecoderConfig = dataclasses.field(default_factory=LlamaConfig)
   """The decoder; see `models/config.py`."""
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   """The text."""
@@ -168,3 +171,45 @@ class Config:
   def tokens_per_step(self) -> int:
     """Target tokens in a global batch."""
     return self.data.batch_size * self.data.sequence_length
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """A config as JSON holds it, with the model's family."""
+  values = _plain(dataclasses.asdict(config))
+  return values | {
+    'model': {'family': families.family(config.model), **values['model']}
+  }
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """The config that `to_dict` wrote.
+
+  Raises:
+    ValueError: a field is unknown, missing or out of range.
+  """
+  try:
+    model = dict(values['model'])
+    kind = families.CONFIGS[model.pop('family')]
+    return _build(Config, values | {'model': _build(kind, model)})
+  except (KeyError, TypeError, AttributeError, errors.UserError) as error:
+    raise ValueError(f'not the configuration of a run: {error!r}') from error
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _plain(inner) for key, inner in value.items()}
+  return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+  hints = typing.get_type_hints(kind)
+  if wrong := set(hints) ^ set(values):
+    raise KeyError(min(wrong))
+
+  def build(name: str, value: Any) -> Any:
+    if dataclasses.is_dataclass(hints[name]):
+      built = dataclasses.is_dataclass(value)
+      return value if built else _build(hints[name], value)
+    return tuple(value) if isinstance(value, list) else value
+
+  return kind(**{name: build(name, value) for name, value in values.items()})

@@ -6,24 +6,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from models.config import DecoderConfig
+from models.decoder import unstacked
 
-def canonical_parameters(params: Any, n_layers: int) -> dict[str, np.ndarray]:
+
+def canonical_parameters(
+  params: Any, config: DecoderConfig
+) -> dict[str, np.ndarray]:
   """Parameters by dotted path, layers unstacked, in the order of the paths.
 
   Args:
-    params: Nested dict of arrays, 'layers' a dict of blocks or one stacked
-      block whose arrays have a leading axis of n_layers.
-    n_layers: Number of blocks.
+    params: Nested dict of the model's arrays.
+    config: The model's.
 
   Returns:
     'layers.0.mlp.up' and the like to arrays on the host.
   """
-  params = dict(params)
-  layers = params.pop('layers')
-  if set(layers) != set(range(n_layers)):
-    layers = {
-      i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n_layers)
-    }
+  layers = unstacked(params['layers'], config)
   leaves = jax.tree_util.tree_leaves_with_path({**params, 'layers': layers})
   named = {
     '.'.join(str(key.key) for key in path): np.asarray(leaf)
@@ -32,13 +31,13 @@ def canonical_parameters(params: Any, n_layers: int) -> dict[str, np.ndarray]:
   return dict(sorted(named.items()))
 
 
-def params_digest(params: Any, n_layers: int) -> str:
+def params_digest(params: Any, config: DecoderConfig) -> str:
   """The sha256 of every parameter's path, dtype, shape and bytes.
 
   `docs/cli.md` has the exact definition.
   """
   digest = hashlib.sha256()
-  for path, array in canonical_parameters(params, n_layers).items():
+  for path, array in canonical_parameters(params, config).items():
     shape = ','.join(map(str, array.shape))
     digest.update(f'{path}\0{array.dtype.name}\0{shape}\0'.encode())
     little = array.astype(array.dtype.newbyteorder('<'), copy=False)

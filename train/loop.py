@@ -108,7 +108,9 @@ def run(
   dataset = data.load(config.data)
   config = resolve(config, dataset)
   optimizer = make_optimizer(config)
-  directory = RunDir(run_dir, config, dataset.source_hash)
+  directory = RunDir(
+    run_dir, config, dataset.source_hash, dataset.tokenizer.to_json()
+  )
   if (end := directory.done()) is not None:
     _logger.info('%s: already done, at step %d', name, end['step'])
     return Result(
@@ -136,7 +138,7 @@ class _Run:
         jnp.arange(config.steps)
       )
     )
-    make_state, graph = step_lib.init(config, optimizer)
+    make_state, graph = step_lib.init(config, optimizer, mesh)
     whole = replicated(mesh)
     self.put = functools.partial(jax.device_put, device=batch_sharding(mesh))
     self.state = jax.jit(make_state, out_shardings=whole)()
@@ -212,11 +214,12 @@ class _Run:
     if pending is None:
       return
     step, metrics = pending
-    numbers = {key: float(value) for key, value in metrics.items()}
+    numbers = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
     now = time.monotonic()
     line = {
       'step': step,
       'split': 'train',
+      'loss': numbers.pop('loss'),
       **numbers,
       'learning_rate': float(self.learning_rates[step - 1]),
       'tokens': step * self.config.tokens_per_step,
@@ -224,7 +227,7 @@ class _Run:
     if self.clock is not None:  # The first step's time is compilation.
       rate = self.config.tokens_per_step / (now - self.clock)
       line['tokens_per_second'] = rate
-      self.display.train(step, numbers['loss'], rate)
+      self.display.train(step, line['loss'], rate)
     self.clock = now
     self.directory.log(line)
 
@@ -251,9 +254,7 @@ class _Run:
     self._save()
     self.checkpoints.wait()
     validation = self._evaluate()
-    digest = params_digest(
-      jax.device_get(self.state.params), self.config.model.n_layers
-    )
+    digest = params_digest(jax.device_get(self.state.params), self.config.model)
     self.directory.log(
       validation,
       {

@@ -1,15 +1,13 @@
-"""The devices as one mesh with named axes.
+"""The devices as one mesh; `models/sharding.py` has its axes.
 
-Axes: data (batch split, parameters whole), fsdp, tensor, expert. Today every
-device is on the data axis.
+Today every device is on the data axis.
 """
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models import sharding
 from train.errors import UserError
-
-AXES = ('data', 'fsdp', 'tensor', 'expert')
 
 
 def make_mesh(batch_size: int) -> Mesh:
@@ -27,9 +25,7 @@ def make_mesh(batch_size: int) -> Mesh:
       f'--data.batch_size ({batch_size}) must be a multiple of the number of '
       f'devices ({devices})'
     )
-  return jax.make_mesh(
-    (devices, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  return sharding.make_mesh(data=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -38,5 +34,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis split over the data axes."""
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  """The leading axis split over all axes that split a batch."""
+  return NamedSharding(mesh, sharding.spec('batch'))

@@ -1,8 +1,9 @@
 """Named runs: functions that return a config. Copy one to make your own."""
 
+import dataclasses
 from collections.abc import Callable
 
-from models.config import LlamaConfig
+from models.config import LlamaConfig, Qwen2MoeConfig
 from train.config import Config, DataConfig, OptimizerConfig
 from train.errors import UserError
 
@@ -21,7 +22,23 @@ def demo() -> Config:
   )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {'demo': demo}
+def demo_moe() -> Config:
+  """The demo with 16 small experts a layer, of which each token uses 4."""
+  return dataclasses.replace(
+    demo(),
+    model=Qwen2MoeConfig(
+      d_model=128,
+      n_layers=3,
+      n_heads=4,
+      n_experts=16,
+      experts_per_token=4,
+      d_expert=96,
+      d_shared=384,
+    ),
+  )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {'demo': demo, 'demo_moe': demo_moe}
 
 
 def get(name: str) -> Config:

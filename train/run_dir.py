@@ -1,9 +1,8 @@
-"""A run's directory: config.json, run.json, metrics.jsonl and checkpoints/.
+"""A run's directory: its configuration, vocabulary, metrics and checkpoints.
 
 It is the interface between tools; `docs/cli.md` describes its files.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -15,13 +14,20 @@ from typing import Any
 import jax
 
 from train.checkpoint import one_line_errors
-from train.config import Config
+from train.config import Config, to_dict
 from train.errors import UserError
 
 _PACKAGES = (
   'jax', 'jaxlib', 'optax', 'flax', 'orbax-checkpoint', 'grain',
   'tensorflow-datasets', 'tokenizers', 'numpy',
 )  # fmt: skip
+
+# What a directory holds before it is a run's, if it was cut off at birth.
+_BORN: tuple[set[str], ...] = (
+  set(),
+  {'run.json'},
+  {'run.json', 'tokenizer.json'},
+)
 
 
 class RunDir:
@@ -31,23 +37,26 @@ class RunDir:
     path: The directory.
     config: The resolved configuration.
     source_hash: Of the text, vocabulary and split.
+    tokenizer: The vocabulary, in the `tokenizers` JSON format.
 
   Raises:
     UserError: the directory holds another run, or cannot be written.
   """
 
-  def __init__(self, path: pathlib.Path, config: Config, source_hash: str):
+  def __init__(
+    self, path: pathlib.Path, config: Config, source_hash: str, tokenizer: str
+  ):
     self.path = path
     self._metrics = path / 'metrics.jsonl'
-    wanted = dataclasses.asdict(config)
+    wanted = to_dict(config)
     with one_line_errors(path):
       path.mkdir(parents=True, exist_ok=True)
       if (path / 'config.json').exists():
         _check_same(path, wanted, source_hash)
-      elif any(
-        entry.name != 'run.json' and entry.suffix != '.tmp'
-        for entry in path.iterdir()
-      ):
+        # An older version wrote no vocabulary.
+        if not (path / 'tokenizer.json').exists():
+          write_atomically(path / 'tokenizer.json', tokenizer)
+      elif _names(path) not in _BORN:
         raise UserError(
           f'{path} is not empty and holds no config.json: name another '
           '--run-dir'
@@ -60,6 +69,7 @@ class RunDir:
         }
         # config.json last: it marks a run directory as one.
         write_atomically(path / 'run.json', _dumps(facts))
+        write_atomically(path / 'tokenizer.json', tokenizer)
         write_atomically(path / 'config.json', _dumps(wanted))
 
   @property
@@ -120,7 +130,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   """Writes a file that is never seen half-written."""
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    with temporary.open('w') as file:
+    with temporary.open('w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -129,12 +139,18 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     temporary.unlink(missing_ok=True)
 
 
+def _names(path: pathlib.Path) -> set[str]:
+  return {entry.name for entry in path.iterdir() if entry.suffix != '.tmp'}
+
+
 def _ends(line: dict[str, Any]) -> bool:
   return line.get('event') in ('done', 'stopped')
 
 
 def plain(value: Any) -> Any:
   """JSON has no words for non-finite numbers."""
+  if isinstance(value, list):
+    return [plain(inner) for inner in value]
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)
   return value

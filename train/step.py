@@ -1,6 +1,6 @@
-"""Loss, train step and evaluation step: pure functions of pytrees.
+"""Train step and evaluation step: pure functions of pytrees.
 
-Shape suffixes: B batch, T tokens, V vocabulary.
+Shape suffixes: B batch, T tokens, U one more than those.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from models.llama import Llama
+from models import families
+from models.decoder import Decoder, LossSums, mean_losses, total_loss
 from train.config import Config
 
 Params = Any
@@ -29,21 +31,25 @@ class TrainState(NamedTuple):
 
 
 def init(
-  config: Config, optimizer: optax.GradientTransformation
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh | None = None,
 ) -> tuple[Callable[[], TrainState], nnx.GraphDef]:
   """Splits the model into its structure and a function that draws its state.
 
   Args:
     config: The run; `model.vocab_size` is set.
     optimizer: Whose state to make.
+    mesh: Where steps will run; see `models.decoder.Decoder`.
 
   Returns:
     A function to jit, which returns the state before the first step, and the
-    static structure that `loss_fn` merges parameters with.
+    static structure that parameters are merged with.
   """
 
   def model():
-    return Llama(config.model, rngs=nnx.Rngs(params=config.seed))
+    rngs = nnx.Rngs(params=config.seed)
+    return families.build(config.model, rngs=rngs, mesh=mesh)
 
   graph, _ = nnx.split(nnx.eval_shape(model), nnx.Param)
 
@@ -52,23 +58,6 @@ def init(
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
   return make_state, graph
-
-
-def token_losses(graph: nnx.GraphDef, params: Params, tokens_BU: jax.Array):
-  """Cross-entropy of every token after the first, in nats.
-
-  Args:
-    graph: The model's structure.
-    params: Its parameters.
-    tokens_BU: int32 (batch, length + 1).
-
-  Returns:
-    float32 (batch, length).
-  """
-  logits_BTV = nnx.merge(graph, params)(tokens_BU[:, :-1])
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits_BTV, tokens_BU[:, 1:]
-  )
 
 
 def train_step(
@@ -86,17 +75,23 @@ def train_step(
     batch: 'tokens', int32 (batch, length + 1).
 
   Returns:
-    The state after the step; and float32 scalars: the 'loss' before the step
-    in nats a token, and 'grad_norm' before clipping.
+    The state after the step; and of before it `models.decoder.mean_losses`,
+    'grad_norm', a float32 scalar, before clipping, and 'expert_load_max',
+    (layers,), in the place of 'expert_load'.
   """
 
   def loss_fn(params):
-    return jnp.mean(token_losses(graph, params, batch['tokens']))
+    model = nnx.merge(graph, params)
+    sums = _loss_sums(model, batch)
+    return total_loss(sums, model.config), mean_losses(sums, model.config)
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (_, metrics), grads = grad_fn(state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  metrics['grad_norm'] = optax.tree.norm(grads)
+  if 'expert_load' in metrics:
+    metrics['expert_load_max'] = jnp.max(metrics.pop('expert_load'), axis=1)
   return TrainState(params, opt_state, state.step + 1), metrics
 
 
@@ -112,7 +107,14 @@ def eval_step(
       length), 0 on padding.
 
   Returns:
-    The weighted sum of losses in nats, and the sum of weights.
+    The weighted sum of the cross-entropy in nats, and the sum of weights.
   """
-  losses_BT = token_losses(graph, params, batch['tokens'])
-  return jnp.sum(losses_BT * batch['weights']), jnp.sum(batch['weights'])
+  sums = _loss_sums(nnx.merge(graph, params), batch)
+  return sums.cross_entropy, sums.weight
+
+
+def _loss_sums(model: Decoder, batch: dict[str, jax.Array]) -> LossSums:
+  tokens_BU = batch['tokens']
+  return model.loss_sums(
+    tokens_BU[:, :-1], tokens_BU[:, 1:], batch.get('weights')
+  )

@@ -7,10 +7,16 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from train import checkpoint
-from train.checkpoint import Checkpoints, abstract, one_line_errors
+from train.checkpoint import (
+  Checkpoints,
+  abstract,
+  one_line_errors,
+  restore_params,
+)
 from train.errors import UserError
 from train.mesh import batch_sharding, make_mesh, replicated
 
@@ -139,6 +145,75 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
   assert '\n' not in str(error.value)
   assert 'tensorstore_spec' not in str(error.value)
   second.close()
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """Two steps, and a third that a run is just saving."""
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  for step in (3, 6):
+    checkpoints.save(step, state(step))
+  checkpoints.close()
+  (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
+  return tmp_path / 'checkpoints'
+
+
+def wanted(width=64):
+  """Of the parameters, on the last of the devices."""
+  last = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=last),
+    abstract(state(0, width))['params'],
+  )
+
+
+def test_parameters_alone(saved):
+  before = sorted(saved.rglob('*'))
+  for step, params in (
+    (6, restore_params(saved, wanted())),
+    (3, restore_params(saved, wanted(), 3)),
+  ):
+    assert_same(params, state(step)['params'])
+    leaf = params['layers'][1]['w']
+    assert leaf.devices() == {jax.devices()[-1]}
+  assert sorted(saved.rglob('*')) == before
+
+
+def test_only_parameters_are_read(saved, monkeypatch):
+  read = []
+  deserialize = ocp.type_handlers.ArrayHandler.deserialize
+
+  async def noting(self, infos, args=None):
+    read.extend(info.name for info in infos)
+    return await deserialize(self, infos, args)
+
+  monkeypatch.setattr(ocp.type_handlers.ArrayHandler, 'deserialize', noting)
+  restore_params(saved, wanted())
+  assert sorted(read) == ['params.layers.0.w', 'params.layers.1.w']
+
+
+def test_a_step_that_is_not_there_is_said(saved, tmp_path):
+  with pytest.raises(UserError, match=r'there is no step 4 in .*, only 3, 6$'):
+    restore_params(saved, wanted(), 4)
+  (tmp_path / 'empty').mkdir()
+  for name in ('none', 'empty'):
+    with pytest.raises(UserError, match='there is no checkpoint yet in'):
+      restore_params(tmp_path / name, wanted())
+  assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore:coroutine:RuntimeWarning')
+@pytest.mark.parametrize('change', ['shape', 'more'])
+def test_other_parameters_are_refused_in_one_line(saved, change):
+  params = wanted(width=32 if change == 'shape' else 64)
+  if change == 'more':
+    params['layers'][2] = params['layers'][1]
+  with pytest.raises(UserError, match='cannot read step 6 from') as error:
+    restore_params(saved, params)
+  assert '\n' not in str(error.value)
+  del error
+  gc.collect()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 import argparse
 import dataclasses
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import LlamaConfig
+from models.config import LlamaConfig, Qwen2MoeConfig
 from train import cli, recipes
+from train import config as config_lib
 from train.config import Config, DataConfig, OptimizerConfig
 from train.errors import UserError
 
@@ -29,6 +31,8 @@ CHANGED = {
   'model.init_std': 0.01,
   'model.tie_embeddings': True,
   'model.scan_layers': True,
+  'model.remat': 'gate,up',
+  'model.z_loss': 1e-4,
   'model.dtype': 'bfloat16',
   'data.files': 'a b/**/*.txt',
   'data.corpus': 'other',
@@ -56,10 +60,23 @@ CHANGED = {
 }
 
 
-def parse(*argv):
+MOE_CHANGED = {
+  'model.n_experts': 8,
+  'model.experts_per_token': 2,
+  'model.d_expert': 40,
+  'model.d_shared': 0,
+  'model.renormalize': True,
+  'model.sparse_step': 3,
+  'model.dense_layers': (0, 2),
+  'model.balance_loss': 0.0,
+  'model.router_z_loss': 1e-3,
+}
+
+
+def parse(*argv, recipe='demo'):
   parser = cli.Parser(prog='prog')
   cli.add_config_options(parser)
-  return cli.with_options(recipes.get('demo'), parser.parse_args(argv))
+  return cli.with_options(recipes.get(recipe), parser.parse_args(argv))
 
 
 def flat(config, prefix=''):
@@ -92,6 +109,52 @@ def test_an_option_changes_its_field_alone(path):
     'model.n_kv_heads': 2, 'model.n_heads': 8, 'steps': 99
   }.get(path, CHANGED[path])  # fmt: skip
   assert flat(parse(f'--{path}', str(value))) == base | {path: value}
+
+
+@pytest.mark.parametrize('path', MOE_CHANGED)
+def test_an_option_of_experts_changes_its_field_alone(path):
+  base = flat(recipes.get('demo_moe'))
+  assert base.keys() == flat(Config()).keys() | MOE_CHANGED.keys()
+  value = MOE_CHANGED[path]
+  assert base[path] != value
+  text = '0,2' if path == 'model.dense_layers' else str(value)
+  changed = flat(parse(f'--{path}', text, recipe='demo_moe'))
+  assert changed == base | {path: value}
+  assert type(changed[path]) is type(value)
+  with pytest.raises(UserError, match=f'--{path} is not an option of a llama'):
+    parse(f'--{path}', text)
+
+
+@pytest.mark.parametrize('recipe', ['demo', 'demo_moe'])
+def test_a_config_survives_json(recipe):
+  argv = CHANGED | (MOE_CHANGED if recipe == 'demo_moe' else {})
+  argv['model.dense_layers'] = '0'
+  if recipe == 'demo':
+    del argv['model.dense_layers']
+  config = parse(*(f'--{k}={v}' for k, v in argv.items()), recipe=recipe)
+  text = json.dumps(config_lib.to_dict(config))
+  assert config_lib.from_dict(json.loads(text)) == config
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda c: c.pop('steps'),
+    lambda c: c.pop('model'),
+    lambda c: c['model'].pop('family'),
+    lambda c: c['model'].pop('d_model'),
+    lambda c: c['model'].update(family='gpt'),
+    lambda c: c['model'].update(width=3),
+    lambda c: c['model'].update(n_heads=7),
+    lambda c: c.update(data=3),
+    lambda c: c.update(steps=0),
+  ],
+)
+def test_a_damaged_config_is_refused(damage):
+  values = config_lib.to_dict(recipes.get('demo'))
+  damage(values)
+  with pytest.raises(ValueError, match=r'not the configuration|model\.n_heads'):
+    config_lib.from_dict(values)
 
 
 def test_checks_see_all_options_together():
@@ -129,6 +192,10 @@ MISTAKES = [
   ('--model.n_kv_heads 3', '--model.n_kv_heads (3) must divide'),
   ('--model.init_std nan', '--model.init_std must be positive and finite'),
   ('--model.norm_eps inf', '--model.norm_eps must be positive and finite'),
+  ('--model.z_loss -1', '--model.z_loss must be zero or more'),
+  ('--model.remat some', "--model.remat must be 'none', 'minimal', 'full' or"),
+  ('--model.dense_layers 1', 'is not an option of a llama model'),
+  ('--model.dense_layers x', "'x' is not whole numbers joined by commas"),
   ('--model.dtype float64', "--model.dtype must be 'float32' or 'bfloat16'"),
   ('--data.vocab_size 256', '--data.vocab_size must be at least 257'),
   ('--data.batch_size 0', '--data.batch_size must be at least 1'),
@@ -181,12 +248,14 @@ def test_no_word_for_a_number_escapes(text):
 
 
 def test_the_defaults_are_legal():
-  for config in (Config, DataConfig, LlamaConfig, OptimizerConfig):
+  for config in (
+    Config, DataConfig, LlamaConfig, Qwen2MoeConfig, OptimizerConfig
+  ):  # fmt: skip
     config()
 
 
 def test_recipes():
-  assert list(recipes.RECIPES) == ['demo']
+  assert list(recipes.RECIPES) == ['demo', 'demo_moe']
   for name, recipe in recipes.RECIPES.items():
     assert recipes.get(name) == recipe()
     assert recipe.__doc__
@@ -197,7 +266,9 @@ def test_recipes():
   assert demo.optimizer.weight_decay == 0.1
   assert (demo.optimizer.b1, demo.optimizer.b2) == (0.9, 0.95)
   assert demo.tokens_per_step == 16 * 128
-  with pytest.raises(UserError, match="no recipe 'dem'; there are: demo"):
+  with pytest.raises(
+    UserError, match="no recipe 'dem'; there are: demo, demo_moe"
+  ):
     recipes.get('dem')
 
 

@@ -89,7 +89,9 @@ def test_the_loss_falls(straight, read_metrics):
 
 def test_the_directory_holds_what_the_contract_says(straight):
   names = {path.name for path in straight.iterdir()}
-  assert names == {'config.json', 'run.json', 'metrics.jsonl', 'checkpoints'}
+  assert names == {
+    'config.json', 'run.json', 'tokenizer.json', 'metrics.jsonl', 'checkpoints',
+  }  # fmt: skip
   checkpoints = {path.name for path in (straight / 'checkpoints').iterdir()}
   assert checkpoints == {'195', '200'}
   config = json.loads((straight / 'config.json').read_text())

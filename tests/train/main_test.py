@@ -128,8 +128,9 @@ def test_help_lists_the_commands(main, capsys):
 
 def test_recipes_are_listed(main, capsys):
   assert main('recipes') == 0
-  [line] = capsys.readouterr().out.splitlines()
-  assert line.startswith('demo ') and len(line) > 20
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == ['demo', 'demo_moe']
+  assert all(len(line) > 20 for line in lines)
 
 
 @pytest.mark.parametrize('name', ['grain', 'orbax.checkpoint', 'tokenizers'])

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import Config, OptimizerConfig
+from train.config import Config, OptimizerConfig, to_dict
 from train.errors import UserError
 from train.run_dir import RunDir, write_atomically
 
 CONFIG = Config()
+VOCABULARY = '{"über": 1}'
 POWER = dataclasses.replace(
   CONFIG, optimizer=OptimizerConfig(power=1.25), steps=2000
 )
@@ -23,22 +24,22 @@ def train_line(step, loss=2.5):
 
 @pytest.fixture
 def run(tmp_path):
-  return RunDir(tmp_path / 'deep' / 'run', CONFIG, 'hash')
+  return RunDir(tmp_path / 'deep' / 'run', CONFIG, 'hash', VOCABULARY)
 
 
 def again(run, config=CONFIG, source_hash='hash'):
-  return RunDir(run.path, config, source_hash)
+  return RunDir(run.path, config, source_hash, VOCABULARY)
 
 
 def test_it_holds_the_configuration_and_the_facts(run):
   config = json.loads((run.path / 'config.json').read_text())
-  assert config == dataclasses.asdict(CONFIG)
+  assert config == to_dict(CONFIG)
   facts = json.loads((run.path / 'run.json').read_text())
   assert facts['source_hash'] == 'hash'
   assert {'python', 'jax', 'optax', 'flax'} <= set(facts['versions'])
   assert facts['devices'].startswith('8 ')
   assert {entry.name for entry in run.path.iterdir()} == {
-    'config.json', 'run.json',
+    'config.json', 'run.json', 'tokenizer.json',
   }  # fmt: skip
 
 
@@ -96,13 +97,46 @@ def test_a_lost_file_is_named_in_one_line(run):
 def test_a_foreign_directory_is_left_alone(tmp_path, name):
   (tmp_path / name).write_text('mine')
   with pytest.raises(UserError, match='not empty'):
-    RunDir(tmp_path, CONFIG, 'hash')
+    RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
   assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_it_holds_the_vocabulary(run):
+  path = run.path / 'tokenizer.json'
+  assert path.read_text('utf-8') == VOCABULARY
+  path.unlink()  # As an older version made it.
+  again(run)
+  assert path.read_text('utf-8') == VOCABULARY
+
+
+def test_the_vocabulary_of_another_is_left_alone(tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('mine')
+  with pytest.raises(UserError, match='not empty'):
+    RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
+  assert (tmp_path / 'tokenizer.json').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('killed', ['tokenizer.json', 'config.json'])
+def test_a_run_killed_at_birth_begins_again(tmp_path, monkeypatch, killed):
+  def write(path, text):
+    if path.name == killed:
+      raise KeyboardInterrupt
+    write_atomically(path, text)
+
+  with monkeypatch.context() as patch:
+    patch.setattr('train.run_dir.write_atomically', write)
+    with pytest.raises(KeyboardInterrupt):
+      RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
+  assert not (tmp_path / 'config.json').exists()
+  run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
+  assert {path.name for path in run.path.iterdir()} == {
+    'config.json', 'run.json', 'tokenizer.json',
+  }  # fmt: skip
 
 
 def test_an_empty_directory_and_one_cut_off_at_birth_are_taken(tmp_path):
   (tmp_path / 'run.json').write_text('{"sour')  # Killed before config.json.
-  run = RunDir(tmp_path, CONFIG, 'hash')
+  run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
   assert json.loads((run.path / 'run.json').read_text())['versions']
 
 
@@ -110,14 +144,14 @@ def test_a_file_in_the_way_is_named(tmp_path):
   (tmp_path / 'run').write_text('')
   for path in (tmp_path / 'run', tmp_path / 'run' / 'below'):
     with pytest.raises(UserError, match='cannot write'):
-      RunDir(path, CONFIG, 'hash')
+      RunDir(path, CONFIG, 'hash', VOCABULARY)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_no_permission_is_said(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(UserError, match=r'cannot write.*Permission denied'):
-    RunDir(tmp_path / 'run', CONFIG, 'hash')
+    RunDir(tmp_path / 'run', CONFIG, 'hash', VOCABULARY)
 
 
 def test_lines_keep_every_bit_of_a_float(run):
@@ -213,7 +247,7 @@ def test_writing_leaves_the_old_file_or_the_new(tmp_path):
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 9))
 def test_rewinding_is_a_filter_by_step(tmp_path_factory, steps, to):
-  run = RunDir(tmp_path_factory.mktemp('run'), CONFIG, 'hash')
+  run = RunDir(tmp_path_factory.mktemp('run'), CONFIG, 'hash', VOCABULARY)
   run.log(*map(train_line, steps))
   run.rewind(to)
   assert run.lines() == [train_line(s) for s in steps if s <= to]

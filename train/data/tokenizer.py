@@ -22,6 +22,9 @@ class Tokenizer(Protocol):
   def end_of_text(self) -> int:
     """Id of the token that stands between documents, never within one."""
 
+  def to_json(self) -> str:
+    """Returns all of it in the `tokenizers` JSON format."""
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, no special tokens added."""
 

@@ -1,0 +1,534 @@
+"""Where a training step's time goes, against the machine's matrix products.
+
+Each part of the model (embedding, attention, MLP or experts, head and loss) is
+a jitted program of its own, forward and backward, of all its layers; so is the
+optimizer's update, and the trainer's whole step. The limit is a square product
+of the same dtype. All run in turn on one device, on synthetic tokens, every
+other round in the opposite order.
+
+    python -m benchmarks.model
+    python -m benchmarks.model --preset llama_66m --batch 16 --json FILE
+    python -m benchmarks.model --model.n_layers 12 --model.dtype bfloat16
+
+Without a preset the model is the one that other frameworks were timed on:
+float32, vocabulary 8192, d_model 384, d_ff 1024, 6 layers, 6 heads.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from benchmarks import timing
+from models import accounting, presets, sharding
+from models.config import DecoderConfig, LlamaConfig, Qwen2MoeConfig
+from models.decoder import Decoder
+from models.loss import cross_entropy
+from train import step
+from train.config import Config, OptimizerConfig
+from train.optimizer import make_optimizer
+
+DEFAULT = LlamaConfig(
+  vocab_size=8192, d_model=384, n_layers=6, n_heads=6, d_ff=1024
+)
+
+# Operations a second of dense bfloat16 products by `device_kind`, as published.
+PEAKS = {
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H100 PCIe': 756e12,
+  'NVIDIA H200': 989e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+}
+
+WHOLE, LIMIT = 'whole step', 'limit'
+
+
+class Programs:
+  """The programs of a model, compiled, and the arrays that they work on."""
+
+  def __init__(self, config: DecoderConfig, batch: int, length: int, side: int):
+    run = Config(
+      model=config,
+      optimizer=OptimizerConfig(power=1.2, schedule='constant'),
+    )
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    self.optimizer = make_optimizer(run)
+    make_state, self.graph = step.init(run, self.optimizer, mesh)
+    self.state = jax.jit(make_state)()
+    # The parts do not see the updates. Parameters do for gradients, too.
+    self.params = jax.tree.map(jnp.copy, self.state.params)
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    self.tokens_BU = jax.random.randint(
+      next(keys), (batch, length + 1), 0, config.vocab_size
+    )
+    shape = (batch, length, config.d_model)
+    self.x_BTD, self.dy_BTD = (
+      jax.random.normal(next(keys), shape, config.dtype) for _ in range(2)
+    )
+    self.square = jax.random.normal(next(keys), (side, side), config.dtype)
+    self.runs: dict[str, Callable[[], Any]] = {}
+    self.compile_seconds: dict[str, float] = {}
+    self.temporary_bytes: dict[str, int] = {}
+    for name, part in _parts(config, mesh).items():
+      self._add_part(name, part)
+    self._add_optimizer()
+    self._add_whole()
+    product = self._compile(LIMIT, jnp.matmul, (self.square, self.square))
+    self.runs[LIMIT] = lambda: product(self.square, self.square)
+
+  def _compile(self, name, function, arguments, donate=()):
+    start = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+    compiled: Any = lowered.compile()
+    self.compile_seconds[name] = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    self.temporary_bytes[name] = memory.temp_size_in_bytes
+    return compiled
+
+  def _add_part(self, name, part):
+    model = nnx.merge(self.graph, self.params)
+    graph, *split = nnx.split(model, lambda path, _: part.owns(path), ...)
+    inputs = (self.x_BTD,) if part.takes_x else ()
+
+    def both(own, others, tokens_BU, inputs, dy_BTD):
+      def forward(own, *inputs):
+        return part.call(nnx.merge(graph, own, others), tokens_BU, *inputs)
+
+      outputs, pull = jax.vjp(forward, own, *inputs)
+      dy = [dy_BTD if y.ndim else jnp.ones_like(y) for y in outputs]
+      return outputs, pull(tuple(dy))
+
+    arguments = (*split, self.tokens_BU, inputs, self.dy_BTD)
+    program = self._compile(name, both, arguments)
+    self.runs[name] = lambda: program(*arguments)
+
+  def _add_optimizer(self):
+    def update(params, opt_state, grads):
+      updates, opt_state = self.optimizer.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
+
+    program = self._compile(
+      'optimizer', update, (*self.state[:2], self.params), donate=(0, 1)
+    )
+
+    def run():
+      params, opt_state = program(*self.state[:2], self.params)
+      self.state = self.state._replace(params=params, opt_state=opt_state)
+      return self.state
+
+    self.runs['optimizer'] = run
+
+  def _add_whole(self):
+    def whole(state, tokens_BU):
+      return step.train_step(
+        self.graph, self.optimizer, state, {'tokens': tokens_BU}
+      )
+
+    program = self._compile(
+      WHOLE, whole, (self.state, self.tokens_BU), donate=(0,)
+    )
+
+    def run():
+      self.state, metrics = program(self.state, self.tokens_BU)
+      return metrics
+
+    self.runs[WHOLE] = run
+
+
+class _Half(nnx.Module):
+  """Attention, or what follows it, with the interface of a block."""
+
+  def __init__(self, block: Any, attention: bool):
+    self.is_attention = attention
+    self.is_sparse = not attention and hasattr(block, 'moe')
+    if attention:
+      self.norm, self.inner = block.attention_norm, block.attention
+    else:
+      self.norm = block.mlp_norm
+      self.inner = block.moe if self.is_sparse else block.mlp
+
+  def __call__(self, x_BTD, angles, segments_BT, mask_BT):
+    y_BTD, sums = self.norm(x_BTD), None
+    if self.is_attention:
+      y_BTD = self.inner(y_BTD, angles, segments_BT)
+    elif self.is_sparse:
+      y_BTD, sums = self.inner(y_BTD, mask_BT)
+    else:
+      y_BTD = self.inner(y_BTD)
+    return x_BTD + y_BTD, sums
+
+
+class _Part(NamedTuple):
+  """A part of a model as a function of the model."""
+
+  owns: Callable[[tuple[Any, ...]], bool]
+  """Whether the parameter at a path gets its gradient here."""
+  call: Callable[..., tuple[jax.Array, ...]]
+  """Takes the model and tokens (batch, length + 1) to (batch, length, width)
+  and scalars, which all get a gradient."""
+  takes_x: bool = True
+  """Whether it has another argument, of (batch, length, width)."""
+
+
+def _parts(config: DecoderConfig, mesh: Mesh | None) -> dict[str, _Part]:
+  """The parts by name, in the order of the forward pass."""
+
+  def embedding(model: Decoder, tokens_BU):
+    return (model._embed(tokens_BU[:, :-1]),)
+
+  def layers(attention: bool):
+    def call(model: Decoder, tokens_BU, x_BTD):
+      del tokens_BU
+      positions_BT = jnp.arange(x_BTD.shape[1])[None, :]
+      mask_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
+      context = model._angles(positions_BT), None, mask_BT
+      sums: list[Any] = []
+      if config.scan_layers:
+        for group in model.layers:
+          halves = [_Half(slot, attention) for slot in group]
+          x_BTD, own = model._scan(halves, x_BTD, context)
+          sums.append(own)
+      else:
+        for block in model.layers:
+          graph, params = nnx.split(_Half(block, attention))
+          x_BTD, own = model._remat(graph)(params, x_BTD, context)
+          sums.append(own)
+      return x_BTD, *(jnp.sum(leaf) for leaf in jax.tree.leaves(sums))
+
+    return call
+
+  def head(model: Decoder, tokens_BU, x_BTD):
+    mask_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
+    loss, _ = cross_entropy(
+      model.norm(x_BTD),
+      model._head(x_BTD.dtype),
+      tokens_BU[:, 1:],
+      mask_BT,
+      z_weight=config.z_loss,
+      mesh=mesh,
+    )
+    return (loss / mask_BT.size,)
+
+  def is_attention(path):
+    return not {'attention', 'attention_norm'}.isdisjoint(path)
+
+  table = 'embedding' if config.tie_embeddings else 'head'
+  return {
+    'embedding': _Part(
+      lambda path: path[0] == 'embedding', embedding, takes_x=False
+    ),
+    'attention': _Part(is_attention, layers(True)),
+    _mlp(config): _Part(
+      lambda path: path[0] == 'layers' and not is_attention(path),
+      layers(False),
+    ),
+    'head and loss': _Part(lambda path: path[0] in ('norm', table), head),
+  }
+
+
+def _mlp(config: DecoderConfig) -> str:
+  sparse = [config.is_sparse(layer) for layer in range(config.n_layers)]
+  if all(sparse):
+    return 'experts'
+  return 'MLP and experts' if any(sparse) else 'MLP'
+
+
+def time_rounds(
+  runs: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+  """Times programs in turn, every other round in the opposite order.
+
+  Args:
+    runs: Each starts a run of its program and returns arrays, ready or not.
+    rounds: How many samples of each to take, after a warm-up.
+
+  Returns:
+    The seconds of a call; equal indices were taken in the same round.
+  """
+  calls = {}
+  for name, run in runs.items():
+    timing._sample(run, 1)
+    one = timing._sample(run, 2)
+    calls[name] = max(1, math.ceil(timing._SAMPLE_SECONDS / one))
+  seconds: dict[str, list[float]] = {name: [] for name in runs}
+  for number in range(rounds):
+    for name in runs if number % 2 == 0 else reversed(runs):
+      seconds[name].append(timing._sample(runs[name], calls[name]))
+  return seconds
+
+
+def measure(
+  config: DecoderConfig, batch: int, length: int, rounds: int, side: int
+) -> dict[str, Any]:
+  """Measures every program; see the module's docstring.
+
+  Args:
+    config: The model.
+    batch: Sequences.
+    length: Tokens of each.
+    rounds: How many timings of each program.
+    side: Of the square product.
+
+  Returns:
+    Facts of the machine and settings; and
+
+    - `limit`: the product's median `flops_per_second`;
+    - `programs`: of each part and of the whole step `ms` (median) and
+      `ms_quartiles`, `flops` (of matrix products, by `models.accounting`),
+      `of_limit` (median over rounds of its operations a second over the
+      product's), `compile_seconds` and `temporary_bytes`;
+    - `sum_ms` of the parts, and `sum_over_whole`, both medians over rounds;
+    - `tokens_per_second`, `flops_per_token` and `flops_per_token_causal`;
+    - `mfu` and `mfu_causal`, None where `mfu_missing` says why.
+  """
+  facts = timing.machine_facts()
+  programs = Programs(config, batch, length, side)
+  seconds = time_rounds(programs.runs, rounds)
+  limits = [2 * side**3 / taken for taken in seconds.pop(LIMIT)]
+  tokens = batch * length
+  by_part = accounting.flops_by_part(config, length)
+  flops = {
+    'attention': by_part['attention'] * tokens,
+    _mlp(config): by_part['mlp'] * tokens,
+    'head and loss': by_part['head'] * tokens,
+    WHOLE: sum(by_part.values()) * tokens,
+  }
+  entries = []
+  for name, taken in seconds.items():
+    low, middle, high = timing.quartiles(taken)
+    reached = [
+      flops.get(name, 0) / s / limit
+      for s, limit in zip(taken, limits, strict=True)
+    ]
+    entries.append({
+      'program': name,
+      'ms': 1e3 * middle,
+      'ms_quartiles': [1e3 * low, 1e3 * high],
+      'flops': flops.get(name, 0),
+      'of_limit': statistics.median(reached),
+      'compile_seconds': programs.compile_seconds[name],
+      'temporary_bytes': programs.temporary_bytes[name],
+    })  # fmt: skip
+  whole = seconds.pop(WHOLE)
+  sums = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+  step_seconds = statistics.median(whole)
+  counts = {
+    'flops_per_token': accounting.flops_per_token(config, length),
+    'flops_per_token_causal': accounting.flops_per_token(
+      config, length, causal=True
+    ),
+  }
+  peak, missing = _peak(facts['platform'], facts['device'], config.dtype)
+  rate = tokens / step_seconds
+  return {
+    'benchmark': 'model',
+    'machine': facts,
+    'settings': {
+      'model': {'type': type(config).__name__, **dataclasses.asdict(config)},
+      'parameters': accounting.parameters(config).total,
+      'batch': batch,
+      'length': length,
+      'rounds': rounds,
+    },
+    'limit': {
+      'side': side,
+      'dtype': config.dtype,
+      'flops_per_second': statistics.median(limits),
+    },
+    'programs': entries,
+    'sum_ms': 1e3 * statistics.median(sums),
+    'sum_over_whole': statistics.median(
+      together / s for together, s in zip(sums, whole, strict=True)
+    ),
+    'tokens_per_second': rate,
+    **counts,
+    'mfu': peak and counts['flops_per_token'] * rate / peak,
+    'mfu_causal': peak and counts['flops_per_token_causal'] * rate / peak,
+    'mfu_missing': missing,
+  }
+
+
+def _peak(platform: str, device: str, dtype: str) -> tuple[float | None, str]:
+  """Published bfloat16 operations a second; or None, and why."""
+  if platform == 'cpu':
+    return None, 'a CPU has no published peak'
+  if device not in PEAKS:
+    return None, f'the peak of {device} is not known here'
+  if dtype != 'bfloat16':
+    return None, f'the peak is of bfloat16, the model of {dtype}'
+  return PEAKS[device], ''
+
+
+def format_result(result: dict[str, Any]) -> str:
+  """Returns a measurement as text: the machine, a table, and what it means."""
+  settings, limit = result['settings'], result['limit']
+  model = settings['model']
+  *parts, whole = result['programs']
+  rows = [_row(entry, result['sum_ms']) for entry in parts]
+  rows.append(('sum', f'{result["sum_ms"]:.2f}', '', '', '', ''))
+  rows.append(_row(whole, None))
+  header = ('forward and backward', 'ms', 'quartiles', 'of sum', 'GFLOP',
+            'of limit')  # fmt: skip
+  ideal = whole['flops'] / limit['flops_per_second']
+  if result['mfu'] is None:
+    mfu = f'MFU: left out, {result["mfu_missing"]}.'
+  else:
+    mfu = (
+      f'MFU {100 * result["mfu"]:.1f} %: FLOPs a token x tokens a second / '
+      f"the device's published {PEAKS[result['machine']['device']]:.3g} in "
+      f'bfloat16; {100 * result["mfu_causal"]:.1f} % with half the scores.'
+    )
+  return '\n'.join((
+    timing.format_facts(result['machine']),
+    f'{model["type"]}, {settings["parameters"]:,} parameters: '
+    f'{model["n_layers"]} layers, d_model {model["d_model"]}, '
+    f'{model["n_heads"]} heads',
+    f'vocabulary {model["vocab_size"]}, {model["dtype"]}, '
+    f'{settings["batch"]} x {settings["length"]} tokens; medians of '
+    f'{settings["rounds"]} rounds',
+    '',
+    timing.format_table(header, rows),
+    '',
+    f'limit: a product of {limit["side"]}-squares in {limit["dtype"]}, '
+    f'{limit["flops_per_second"] / 1e9:.1f} GFLOP/s;',
+    f'  at that rate the step would take {1e3 * ideal:.1f} ms.',
+    f'sum / whole step: {result["sum_over_whole"]:.2f}. '
+    f'{result["tokens_per_second"]:.0f} tokens a second.',
+    f'the step compiled in {whole["compile_seconds"]:.1f} s; temporaries: '
+    f'{whole["temporary_bytes"] / 1e6:.0f} MB.',
+    f'GFLOP: {result["flops_per_token"] / 1e9:.4g} a token = 6 x active matrix '
+    'parameters (the head, not the',
+    '  embedding) + 12 x layers x d_model x length; masked scores count,',
+    '  recomputation does not.',
+    mfu,
+  ))  # fmt: skip
+
+
+def _row(entry: dict[str, Any], sum_ms: float | None) -> tuple[str, ...]:
+  low, high = entry['ms_quartiles']
+  flops = entry['flops']
+  return (
+    entry['program'],
+    f'{entry["ms"]:.2f}',
+    f'{low:.2f}-{high:.2f}',
+    f'{100 * entry["ms"] / sum_ms:.0f} %' if sum_ms else '',
+    f'{flops / 1e9:.1f}' if flops else '',
+    f'{entry["of_limit"]:.2f}' if flops else '',
+  )
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Measures, prints, and writes the result as JSON if asked to."""
+  parser = _Parser(
+    prog='python -m benchmarks.model',
+    description="Times a training step's parts against a matrix product.",
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    '--preset', choices=presets.PRESETS, metavar='NAME',
+    help='see python -m models',
+  )  # fmt: skip
+  parser.add_argument('--batch', type=_positive, default=8)
+  parser.add_argument('--length', type=_positive, default=256)
+  parser.add_argument('--rounds', type=_positive, default=10)
+  parser.add_argument(
+    '--side', type=_positive,
+    help='of the square product; 2048 on a CPU, else 8192',
+  )  # fmt: skip
+  parser.add_argument('--json', metavar='FILE', help='write the result here')
+  for name, kind in typing.get_type_hints(Qwen2MoeConfig).items():
+    if kind in (int, float, str, bool):
+      parser.add_argument(
+        f'--model.{name}',
+        type=_boolean if kind is bool else kind,
+        metavar='true|false' if kind is bool else kind.__name__,
+        help=argparse.SUPPRESS,
+      )
+  options = parser.parse_args(argv)
+  if any(value == [] for value in vars(options).values()):
+    parser.error("'--' is no value")  # Dropped by Python before 3.13.
+  config = _config(parser, options)
+  side = options.side or (2048 if jax.default_backend() == 'cpu' else 8192)
+  if options.json:  # Known before minutes are spent.
+    target = pathlib.Path(options.json)
+    try:
+      target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      parser.error(f'cannot write --json {target}: {error.strerror}')
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+      parser.error(f'cannot write --json {target}')
+  try:
+    result = measure(
+      config, options.batch, options.length, options.rounds, side
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    parser.error('no memory for this model and batch')
+  print(format_result(result))
+  if options.json:
+    timing.write_json(options.json, result)
+    print(f'written to {options.json}', file=sys.stderr)
+
+
+def _config(parser, options: argparse.Namespace) -> DecoderConfig:
+  config = presets.get(options.preset) if options.preset else DEFAULT
+  given = {
+    name.removeprefix('model.'): value
+    for name, value in vars(options).items()
+    if name.startswith('model.') and value is not None
+  }
+  if unknown := sorted(set(given) - set(vars(config))):
+    parser.error(
+      f'--model.{unknown[0]}: a {type(config).__name__} has no such field'
+    )
+  try:
+    config = dataclasses.replace(config, **given)
+    accounting.parameters(config)
+  except ValueError as error:  # It names 'model.field'.
+    parser.error(f'--{error}')
+  return config
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+  return value
+
+
+_positive.__name__ = 'int'  # argparse names it where int fails.
+
+
+def _boolean(text: str) -> bool:
+  if text not in ('true', 'false'):
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+  return text == 'true'
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,156 @@
+"""Logical axis names, and the one table that maps them to mesh axes.
+
+Every parameter and activation names its axes by what they mean; `RULES` says
+which mesh axes split them. Mesh axes are Auto: the compiler partitions what
+lies between the constraints, and kernels that it cannot are islands of
+`jax.shard_map`.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from models.config import DecoderConfig, Qwen2MoeConfig
+
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+"""Of every mesh: copies of the parameters, parameters split along their model
+width, heads and hidden widths split, experts split."""
+
+BATCH = ('data', 'fsdp', 'expert')
+"""Axes that split a batch; experts get their tokens by an all-to-all."""
+
+RULES: dict[str, tuple[str, ...]] = {
+  # Activations.
+  'batch': BATCH,
+  'length': (),
+  'width': (),
+  # Both.
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'head_dim': (),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+  # Parameters.
+  'layers': (),
+  'norm': (),
+  'embed': ('fsdp', 'expert'),
+  'experts': ('expert',),
+  'expert_embed': ('fsdp',),
+  'expert_mlp': ('tensor',),
+  'router': (),
+}
+
+
+def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
+  """A mesh over all four axes.
+
+  Args:
+    devices: Their sequence; all of the default backend's if left out.
+    **sizes: Of the axes by name; 1 if left out. Their product is the number
+      of devices.
+
+  Raises:
+    ValueError: an axis is unknown, or the sizes do not fit the devices.
+  """
+  if unknown := sorted(set(sizes) - set(AXES)):
+    raise ValueError(f'mesh.{unknown[0]}: the axes are {", ".join(AXES)}')
+  array = np.asarray(jax.devices() if devices is None else devices)
+  shape = [sizes.get(axis, 1) for axis in AXES]
+  if min(shape) < 1 or np.prod(shape) != array.size:
+    raise ValueError(
+      f'a mesh of {" x ".join(map(str, shape))} ({", ".join(AXES)}) does not '
+      f'fit {array.size} devices'
+    )
+  devices = list(array.ravel())
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def platform(mesh: Mesh | None) -> str:
+  """Whose kernels to use: 'cpu', 'gpu' (CUDA) or 'tpu'.
+
+  'cpu' stands for those that run anywhere, also without a mesh.
+
+  The default backend has no say: a program compiled on a CPU for a TPU's mesh
+  holds the TPU's kernels.
+  """
+  if mesh is None:
+    return 'cpu'
+  found = mesh.devices.flat[0].platform
+  return {'cuda': 'gpu', 'gpu': 'gpu', 'tpu': 'tpu'}.get(found, 'cpu')
+
+
+def spec(*names: str | None) -> PartitionSpec:
+  """The mesh axes that split an array, from the meaning of its axes."""
+  return PartitionSpec(*(RULES[name] if name else () for name in names))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
+  """Tells the compiler how an activation is split; a copy without a mesh."""
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*names)))
+
+
+def param(value: jax.Array, *names: str) -> nnx.Param:
+  """A parameter that knows the meaning of its axes."""
+  if value.ndim != len(names):
+    raise ValueError(f'{value.ndim} axes have the names {names}')
+  return nnx.Param(value, logical_axes=names)
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh) -> Any:
+  """Where each parameter lies.
+
+  Args:
+    model: Real, or abstract from `nnx.eval_shape`.
+    mesh: Over `AXES`.
+
+  Returns:
+    A nested dict of `NamedSharding`, like `nnx.to_pure_dict` of the model's
+    parameters. An axis in front of the named ones is that of stacked layers.
+  """
+
+  def place(variable: nnx.Param) -> NamedSharding:
+    names = variable.get_metadata('logical_axes')
+    stacked = ('layers',) * (len(variable.shape) - len(names))
+    return NamedSharding(mesh, spec(*stacked, *names))
+
+  state = nnx.state(model, nnx.Param)
+  placed = jax.tree.map(
+    place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+  return nnx.to_pure_dict(placed)
+
+
+def check(config: DecoderConfig, mesh: Mesh) -> None:
+  """Checks that a mesh divides a model.
+
+  Raises:
+    ValueError: naming the field and the axes that do not divide it.
+  """
+
+  def require(field: str, size: int, logical: str) -> None:
+    axes = RULES[logical]
+    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if size % ways:
+      raise ValueError(
+        f'model.{field} ({size}) must be a multiple of {ways}, the size of '
+        f'the mesh over {" x ".join(axes)}'
+      )
+
+  require('d_model', config.d_model, 'embed')
+  require('n_heads', config.n_heads, 'heads')
+  kv = 'n_kv_heads' if config.n_kv_heads else 'n_heads'
+  require(kv, config.kv_heads, 'kv_heads')
+  require('vocab_size', config.vocab_size, 'vocab')
+  layers = range(config.n_layers)
+  if not all(config.is_sparse(layer) for layer in layers):
+    require('d_ff', config.d_ff, 'mlp')
+  if isinstance(config, Qwen2MoeConfig) and any(map(config.is_sparse, layers)):
+    require('n_experts', config.n_experts, 'experts')
+    require('d_expert', config.d_expert, 'expert_mlp')
+    require('d_shared', config.d_shared, 'mlp')

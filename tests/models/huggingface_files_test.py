@@ -1,0 +1,262 @@
+"""Safetensors: what is wrong has a name, and nothing is half written."""
+
+import importlib.util
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from models import huggingface, huggingface_files
+from models.config import Qwen2MoeConfig
+from models.families import build
+
+_spec = importlib.util.spec_from_file_location(
+  'huggingface_reference',
+  pathlib.Path(__file__).with_name('huggingface_reference.py'),
+)
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+BASE, MOE = reference.BASE, reference.MOE
+INDEX = 'model.safetensors.index.json'
+
+
+@pytest.mark.parametrize(
+  ('layout', 'name', 'change', 'words'),
+  [
+    ('llama', 'model.layers.1.mlp.up_proj.weight', None, 'lacks {}'),
+    ('llama', 'extra', (2,), 'unknown tensors: {}'),
+    ('llama', 'model.layers.2.mlp.up_proj.weight', (40, 24), 'unknown .*{}'),
+    ('llama', 'model.norm.weight', (3, 2), r'{} has shape \(3, 2\), not \(24'),
+    ('llama', 'lm_head.weight', (24, 37), r'{} has shape \(24, 37\)'),
+    ('llama', 'model.layers.0.self_attn.q_proj.bias', (24,), 'unknown .*{}'),
+    ('moe', 'model.layers.0.mlp.experts.5.up_proj.weight', None, 'lacks {}'),
+    ('moe', 'model.layers.0.mlp.experts.6.up_proj.weight', (10, 24), '.* {}'),
+    ('moe', 'model.layers.1.self_attn.k_proj.bias', None, 'lacks {}'),
+    ('moe', 'model.layers.1.mlp.gate.weight', (5, 24), r'{} has shape \(5, 24'),
+    ('moe', 'model.layers.1.mlp.shared_expert_gate.weight', None, 'lacks {}'),
+    ('fused', 'model.layers.1.mlp.experts.down_proj', None, 'lacks {}'),
+    ('fused', 'model.layers.1.mlp.experts.gate_up_proj', None, 'lacks {}'),
+    (
+      'fused',  # Gate and up along the last axis, as other models have them.
+      'model.layers.1.mlp.experts.gate_up_proj',
+      (6, 24, 20),
+      r'{} has shape \(6, 24, 20\), not \(6, 20, 24\)',
+    ),
+  ],
+)
+def test_names_what_is_wrong_with_a_tensor(
+  layout, name, change, words, tmp_path
+):
+  config = BASE if layout == 'llama' else MOE
+  tensors = reference.weights(config)
+  if layout == 'fused':
+    tensors = reference.fused(tensors)
+  tensors.pop(name, None)
+  if change is not None:
+    tensors[name] = np.zeros(change, np.float32)
+  with pytest.raises(ValueError, match=words.format(name)):
+    huggingface.load(reference.write(tmp_path, config, tensors))
+
+
+def test_layouts_of_experts_do_not_mix(tmp_path):
+  tensors = reference.weights(MOE)
+  fused = reference.fused(tensors)
+  mixed = {k: v for k, v in tensors.items() if '.layers.0.' not in k}
+  mixed |= {k: v for k, v in fused.items() if '.layers.0.' in k}
+  with pytest.raises(
+    ValueError, match=r'lacks model\.layers\.1\.mlp\.experts\.down_proj'
+  ):
+    huggingface.load(reference.write(tmp_path, MOE, mixed))
+
+
+def test_many_missing_tensors_make_a_short_message(tmp_path):
+  with pytest.raises(ValueError, match=r'lacks lm_head.* and \d+ more'):
+    huggingface.load(reference.write(tmp_path, MOE, {}))
+
+
+@pytest.mark.parametrize('dtype', [np.float64, np.int32, np.int8])
+def test_other_types_are_refused(dtype, tmp_path):
+  tensors = reference.weights(BASE)
+  tensors['model.norm.weight'] = np.ones(24, dtype)
+  with pytest.raises(ValueError, match=r'model\.norm\.weight is [FI]\d+; it'):
+    huggingface.load(reference.write(tmp_path, BASE, tensors))
+
+
+def test_what_old_versions_stored_besides_is_left(tmp_path):
+  tensors = reference.weights({**BASE, 'tie_word_embeddings': True})
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3)
+  config = {**BASE, 'tie_word_embeddings': True}
+  model = huggingface.load(reference.write(tmp_path, config, tensors))
+  assert model.head is None
+
+
+@pytest.mark.parametrize('shards', [1, 3])
+def test_a_truncated_file_is_named(shards, tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=shards)
+  path = sorted(folder.glob('*.safetensors'))[-1]
+  content = path.read_bytes()
+  for length in (0, 5, 100, len(content) - 1):
+    path.write_bytes(content[:length])
+    with pytest.raises(ValueError, match=f'{path.name} is not a whole'):
+      huggingface.load(folder)
+  path.write_bytes(b'x' * 1000)
+  with pytest.raises(ValueError, match=f'{path.name} is not a whole'):
+    huggingface.load(folder)
+
+
+def test_missing_files_are_named(tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=3)
+  (folder / 'model-00002-of-00003.safetensors').unlink()
+  with pytest.raises(FileNotFoundError, match='model-00002-of-00003'):
+    huggingface.load(folder)
+  (folder / INDEX).unlink()
+  with pytest.raises(FileNotFoundError, match=r'neither model\.safetensors'):
+    huggingface.load(folder)
+  with pytest.raises(FileNotFoundError, match=r'nowhere.config\.json'):
+    huggingface.load(folder / 'nowhere')
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('{', 'is not JSON'),
+    ('[]', 'weight_map'),
+    ('{}', 'weight_map'),
+    ('{"weight_map": ["a"]}', 'weight_map'),
+    ('{"weight_map": {"a": 1}}', 'weight_map'),
+  ],
+)
+def test_a_broken_index_is_named(text, words, tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=2)
+  (folder / INDEX).write_text(text)
+  with pytest.raises(ValueError, match=words) as caught:
+    huggingface.load(folder)
+  assert INDEX in str(caught.value)
+
+
+def model(**changes):
+  config = Qwen2MoeConfig(
+    vocab_size=9, d_model=8, n_layers=2, n_heads=2, d_ff=8, n_experts=4,
+    d_expert=6, **changes,
+  )  # fmt: skip
+  return build(config, rngs=nnx.Rngs(params=0))
+
+
+def contents(folder):
+  """All tensors of a folder, by the library's own reader."""
+  return {
+    name: tensor
+    for path in folder.glob('*.safetensors')
+    for name, tensor in safetensors.numpy.load_file(path).items()
+  }
+
+
+@pytest.mark.parametrize('d_shared', [0, 4])
+def test_shards_are_at_most_so_large(d_shared, tmp_path):
+  ours = model(d_shared=d_shared)
+  huggingface.save(ours, tmp_path / 'one')
+  whole = contents(tmp_path / 'one')
+  assert [p.name for p in sorted((tmp_path / 'one').iterdir())] == [
+    'config.json', 'model.safetensors',
+  ]  # fmt: skip
+  huggingface.save(ours, tmp_path / 'many', max_bytes=1000)
+  files = sorted((tmp_path / 'many').glob('*.safetensors'))
+  assert len(files) > 3
+  for i, path in enumerate(files, 1):
+    assert path.name == f'model-{i:05}-of-{len(files):05}.safetensors'
+    tensors = safetensors.numpy.load_file(path)
+    assert sum(t.nbytes for t in tensors.values()) <= 1000
+    with safetensors.safe_open(path, framework='numpy') as opened:
+      assert opened.metadata() == {'format': 'pt'}
+  parts = contents(tmp_path / 'many')
+  assert set(parts) == set(whole)
+  for name, tensor in whole.items():
+    assert np.array_equal(parts[name], tensor), name
+  index = json.loads((tmp_path / 'many' / INDEX).read_text())
+  assert set(index['weight_map']) == set(whole)
+  for name, file in index['weight_map'].items():
+    assert name in safetensors.numpy.load_file(tmp_path / 'many' / file)
+  total = sum(tensor.nbytes for tensor in whole.values())
+  assert index['metadata'] == {'total_size': total}
+  huggingface.save(
+    huggingface.load(tmp_path / 'many'), tmp_path / 'again', max_bytes=10**6
+  )
+  first, again = (
+    (tmp_path / name / 'model.safetensors').read_bytes()
+    for name in ('one', 'again')
+  )
+  assert first == again
+
+
+def test_a_tensor_above_the_size_has_its_own_file(tmp_path):
+  huggingface.save(model(), tmp_path, max_bytes=1)
+  files = sorted(tmp_path.glob('*.safetensors'))
+  assert {len(safetensors.numpy.load_file(path)) for path in files} == {1}
+
+
+def test_nothing_of_an_earlier_model_stays(tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  (tmp_path / 'adapter.safetensors').write_text('')
+  for size in (1000, 2000, 10**6, 3000):
+    huggingface.save(model(), tmp_path, max_bytes=size)
+    (tmp_path / 'adapter.safetensors').unlink(missing_ok=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert ('model.safetensors' in names) == (size == 10**6)
+    assert (INDEX in names) == (size != 10**6)
+    shards = {name for name in names if name.startswith('model-')}
+    assert all(
+      name.endswith(f'{len(shards):05}.safetensors') for name in shards
+    )
+    assert 'tokenizer.json' in names
+    huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize('size', [1000, 10**6])
+def test_a_failed_save_leaves_what_was_there(size, tmp_path, monkeypatch):
+  huggingface.save(model(), tmp_path, max_bytes=size)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  original, calls = huggingface._fetch, []
+
+  def fetch(*args):
+    calls.append(args)
+    if len(calls) == 20:
+      raise OSError('no space left')
+    return original(*args)
+
+  monkeypatch.setattr(huggingface, '_fetch', fetch)
+  with pytest.raises(OSError, match='no space left'):
+    huggingface.save(model(tie_embeddings=True), tmp_path, max_bytes=size)
+  after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  assert after == before
+
+
+def test_tensors_are_fetched_one_at_a_time(tmp_path, monkeypatch):
+  """Each is in the file before the next is asked for."""
+  original, fetched = huggingface._fetch, []
+  kept_back = 2 * io.DEFAULT_BUFFER_SIZE  # By a file object.
+
+  def fetch(param, place, at):
+    (temporary,) = tmp_path.glob('*.tmp')
+    assert temporary.stat().st_size >= sum(fetched) - kept_back
+    fetched.append(4 * int(np.prod(place.layout.stored)))
+    return original(param, place, at)
+
+  monkeypatch.setattr(huggingface, '_fetch', fetch)
+  huggingface.save(model(d_shared=3000), tmp_path)
+  assert kept_back < max(fetched) < sum(fetched) / 4
+
+
+def test_an_existing_file_is_never_half_read(tmp_path):
+  path = tmp_path / 'file'
+  path.write_text('old')
+  with pytest.raises(KeyError), huggingface_files.replaced(path) as temporary:
+    temporary.write_text('new')
+    raise KeyError
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
