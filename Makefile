@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# A file of tests is one process's: its fixtures are made once.
+PARALLEL ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 
 # The accelerator's extra, where there is one to use.
@@ -21,11 +23,11 @@ demo: $(VENV)/.train
 	$(BIN)/python -m train demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 	$(BIN)/python -m pytest --doctest-modules gradpower_optax
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -16,15 +16,12 @@ float32, vocabulary 8192, d_model 384, d_ff 1024, 6 layers, 6 heads.
 
 import argparse
 import dataclasses
-import math
-import os
-import pathlib
 import statistics
 import sys
 import time
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,30 +249,6 @@ def _mlp(config: DecoderConfig) -> str:
   return 'MLP and experts' if any(sparse) else 'MLP'
 
 
-def time_rounds(
-  runs: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-  """Times programs in turn, every other round in the opposite order.
-
-  Args:
-    runs: Each starts a run of its program and returns arrays, ready or not.
-    rounds: How many samples of each to take, after a warm-up.
-
-  Returns:
-    The seconds of a call; equal indices were taken in the same round.
-  """
-  calls = {}
-  for name, run in runs.items():
-    timing._sample(run, 1)
-    one = timing._sample(run, 2)
-    calls[name] = max(1, math.ceil(timing._SAMPLE_SECONDS / one))
-  seconds: dict[str, list[float]] = {name: [] for name in runs}
-  for number in range(rounds):
-    for name in runs if number % 2 == 0 else reversed(runs):
-      seconds[name].append(timing._sample(runs[name], calls[name]))
-  return seconds
-
-
 def measure(
   config: DecoderConfig, batch: int, length: int, rounds: int, side: int
 ) -> dict[str, Any]:
@@ -302,7 +275,7 @@ def measure(
   """
   facts = timing.machine_facts()
   programs = Programs(config, batch, length, side)
-  seconds = time_rounds(programs.runs, rounds)
+  seconds = timing.time_rounds(programs.runs, rounds)
   limits = [2 * side**3 / taken for taken in seconds.pop(LIMIT)]
   tokens = batch * length
   by_part = accounting.flops_by_part(config, length)
@@ -436,14 +409,9 @@ def _row(entry: dict[str, Any], sum_ms: float | None) -> tuple[str, ...]:
   )
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints, and writes the result as JSON if asked to."""
-  parser = _Parser(
+  parser = timing.Parser(
     prog='python -m benchmarks.model',
     description="Times a training step's parts against a matrix product.",
     allow_abbrev=False,
@@ -452,11 +420,11 @@ def main(argv: list[str] | None = None) -> None:
     '--preset', choices=presets.PRESETS, metavar='NAME',
     help='see python -m models',
   )  # fmt: skip
-  parser.add_argument('--batch', type=_positive, default=8)
-  parser.add_argument('--length', type=_positive, default=256)
-  parser.add_argument('--rounds', type=_positive, default=10)
+  parser.add_argument('--batch', type=timing.positive, default=8)
+  parser.add_argument('--length', type=timing.positive, default=256)
+  parser.add_argument('--rounds', type=timing.positive, default=10)
   parser.add_argument(
-    '--side', type=_positive,
+    '--side', type=timing.positive,
     help='of the square product; 2048 on a CPU, else 8192',
   )  # fmt: skip
   parser.add_argument('--json', metavar='FILE', help='write the result here')
@@ -469,18 +437,10 @@ def main(argv: list[str] | None = None) -> None:
         help=argparse.SUPPRESS,
       )
   options = parser.parse_args(argv)
-  if any(value == [] for value in vars(options).values()):
-    parser.error("'--' is no value")  # Dropped by Python before 3.13.
   config = _config(parser, options)
   side = options.side or (2048 if jax.default_backend() == 'cpu' else 8192)
-  if options.json:  # Known before minutes are spent.
-    target = pathlib.Path(options.json)
-    try:
-      target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      parser.error(f'cannot write --json {target}: {error.strerror}')
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-      parser.error(f'cannot write --json {target}')
+  if options.json:
+    timing.check_writable(parser, options.json)
   try:
     result = measure(
       config, options.batch, options.length, options.rounds, side
@@ -512,16 +472,6 @@ def _config(parser, options: argparse.Namespace) -> DecoderConfig:
   except ValueError as error:  # It names 'model.field'.
     parser.error(f'--{error}')
   return config
-
-
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-  return value
-
-
-_positive.__name__ = 'int'  # argparse names it where int fails.
 
 
 def _boolean(text: str) -> bool:

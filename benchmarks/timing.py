@@ -1,10 +1,12 @@
-"""What the benchmarks share: pairs of timings, the machine's facts, output.
+"""What the benchmarks share: timings in turn, the machine's facts, options.
 
-Machines drift: clocks change, other programs come and go. Two programs are
-therefore timed in pairs, one directly after the other and every other pair in
-the opposite order, and what is reported is the median of the pairs' ratios.
+Machines drift: clocks change, other programs come and go. Programs that are
+compared are therefore timed in turn, one directly after the other and every
+other round in the opposite order, and what is reported is the median of the
+rounds' ratios.
 """
 
+import argparse
 import dataclasses
 import datetime
 import json
@@ -16,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -62,6 +64,29 @@ def time_pairs(
     for i in (0, 1) if pair % 2 == 0 else (1, 0):
       seconds[i].append(_sample((first, second)[i], calls))
   return Pairs(tuple(seconds[0]), tuple(seconds[1]), calls)
+
+
+def time_rounds(
+  programs: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, tuple[float, ...]]:
+  """Times any number of programs in turn, each with a sample of its own length.
+
+  Args:
+    programs: Each starts one run and returns its output arrays, ready or not.
+    rounds: How many samples of each to take, after a warm-up.
+
+  Returns:
+    The seconds of one call; equal indices were taken in the same round.
+  """
+  calls = {}
+  for name, run in programs.items():
+    _sample(run, 1)
+    calls[name] = max(1, math.ceil(_SAMPLE_SECONDS / _sample(run, 2)))
+  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  for number in range(rounds):
+    for name in programs if number % 2 == 0 else reversed(programs):
+      seconds[name].append(_sample(programs[name], calls[name]))
+  return {name: tuple(taken) for name, taken in seconds.items()}
 
 
 def _sample(call: Callable[[], Any], calls: int) -> float:
@@ -144,3 +169,38 @@ def write_json(path: str | os.PathLike[str], result: Any) -> None:
   part = path.with_name(path.name + '.part')
   part.write_text(json.dumps(result, indent=2, allow_nan=False) + '\n')
   part.replace(path)
+
+
+class Parser(argparse.ArgumentParser):
+  """Refuses bad options in one line, without the usage."""
+
+  def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+    options = super().parse_args(*args, **kwargs)
+    if any(value == [] for value in vars(options).values()):
+      self.error("'--' is no value")  # Dropped by Python before 3.13.
+    return options
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def positive(text: str) -> int:
+  """Parses an option that must be at least 1."""
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+  return value
+
+
+positive.__name__ = 'int'  # argparse names it where int fails.
+
+
+def check_writable(parser: argparse.ArgumentParser, path: str) -> None:
+  """Refuses a --json that cannot be written, before minutes are spent."""
+  target = pathlib.Path(path)
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    parser.error(f'cannot write --json {target}: {error.strerror}')
+  if target.is_dir() or not os.access(target.parent, os.W_OK):
+    parser.error(f'cannot write --json {target}')

@@ -9,6 +9,7 @@ heads, G query heads of a key head, H head width. Query head n uses key head
 n // G.
 """
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 from models import attention_portable, sharding
 
 
+# Outside of jit it is compiled once, not at every call; inside it is inlined.
+@functools.partial(jax.jit, static_argnames='mesh', inline=True)
 def attend(
   q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, mesh: Mesh | None = None
 ):
@@ -83,6 +86,7 @@ def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
   return checkpoint_name(y_BTNH[:, :length], 'attention')
 
 
+@functools.partial(jax.jit, static_argnames='mesh', inline=True)
 def attend_cached(q_BTNH, k_BSKH, v_BSKH, start, mesh: Mesh | None = None):
   """Attention of the newest tokens to a cache of keys and values.
 

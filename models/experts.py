@@ -17,6 +17,8 @@ from models.grouped import grouped_matmul
 from models.sharding import BATCH, platform
 
 
+# Outside of jit it is compiled once, not at every call; inside it is inlined.
+@functools.partial(jax.jit, static_argnames='mesh', inline=True)
 def experts(
   x_BTD: jax.Array,
   chosen_BTk: jax.Array,

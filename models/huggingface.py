@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -24,7 +25,7 @@ from models.decoder import Decoder
 from models.families import build
 from models.huggingface_files import Tensor, Tensors
 from models.huggingface_names import FUSED, Place, places
-from models.sharding import check, param_shardings
+from models.sharding import check, make_mesh, param_shardings
 
 
 def load(
@@ -45,7 +46,7 @@ def load(
     config: Replaces what config.json says; to choose `scan_layers` or
       `dtype`, replace them in `load_config(folder)`.
     mesh: Where the model goes and will run, by the rules of
-      `models.sharding`; None for the default device.
+      `models.sharding`; None for the default device and its kernels.
 
   Returns:
     A model with float32 parameters: int32 tokens (batch, length) to float32
@@ -59,7 +60,9 @@ def load(
   """
   folder = pathlib.Path(folder)
   config = config or load_config(folder)
-  if mesh is not None:
+  if mesh is None:
+    mesh = _default_mesh()
+  else:
     check(config, mesh)
   model = nnx.eval_shape(
     lambda: build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
@@ -118,6 +121,12 @@ def save(
       tensor.fetch()
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {folder}')
+
+
+def _default_mesh() -> Mesh | None:
+  """Of the default device alone; None on a CPU, whose kernels need none."""
+  (device,) = jnp.zeros(()).devices()
+  return None if device.platform == 'cpu' else make_mesh([device])
 
 
 def load_config(folder: str | os.PathLike[str]) -> DecoderConfig:

@@ -27,6 +27,17 @@ def normal_param(
   return param(value, *names)
 
 
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Contracts the last axis of `x` with the first of `weight`, in x's dtype.
+
+  As one product of two matrices: on a CPU the gradient of a batched one is
+  slower, up to twice.
+  """
+  x_MD = x.reshape(-1, x.shape[-1])
+  weight_DF = weight.astype(x.dtype).reshape(weight.shape[0], -1)
+  return (x_MD @ weight_DF).reshape(*x.shape[:-1], *weight.shape[1:])
+
+
 class RMSNorm(nnx.Module):
   """Divides by the root mean square, in float32, then scales."""
 
@@ -147,12 +158,10 @@ class Attention(nnx.Module):
     return self._merge(y_BTNH), Cache(keys_LBSKH, values_LBSKH, start)
 
   def _project(self, x_BTD, angles):
-    dtype = x_BTD.dtype
-
     def project(weight, bias, heads, name):
-      y = jnp.einsum('btd,dnh->btnh', x_BTD, weight[...].astype(dtype))
+      y = product(x_BTD, weight[...])
       if bias is not None:
-        y += bias[...].astype(dtype)
+        y += bias[...].astype(y.dtype)
       y = constrain(y, self.mesh, 'batch', 'length', heads, 'head_dim')
       # After the rotation, so that a saved one is not rotated again.
       y = y if name == 'value' else apply_rotary(y, *angles)
@@ -170,8 +179,9 @@ class Attention(nnx.Module):
     )
 
   def _merge(self, y_BTNH):
-    out = self.out[...].astype(y_BTNH.dtype)
-    y_BTD = jnp.einsum('btnh,nhd->btd', y_BTNH, out)
+    batch, length, heads, width = y_BTNH.shape
+    out = self.out[...].reshape(heads * width, -1)
+    y_BTD = product(y_BTNH.reshape(batch, length, heads * width), out)
     return checkpoint_name(y_BTD, 'out')
 
 
@@ -194,9 +204,9 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BTD):
     def project(weight, name):
-      y_BTF = x_BTD @ weight[...].astype(x_BTD.dtype)
+      y_BTF = product(x_BTD, weight[...])
       y_BTF = constrain(y_BTF, self.mesh, 'batch', 'length', 'mlp')
       return checkpoint_name(y_BTF, name)
 
     h_BTF = jax.nn.silu(project(self.gate, 'gate')) * project(self.up, 'up')
-    return h_BTF @ self.down[...].astype(x_BTD.dtype)
+    return product(h_BTF, self.down[...])

@@ -46,6 +46,8 @@ def plain_cross_entropy(
   return loss, lax.stop_gradient(jnp.sum(weights_BT * nll_BT))
 
 
+# Outside of jit it is compiled once, not at every call; inside it is inlined.
+@functools.partial(jax.jit, static_argnames=('z_weight', 'mesh'), inline=True)
 def cross_entropy(
   x_BTD: jax.Array,
   head_DV: jax.Array,

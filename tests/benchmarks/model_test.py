@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -215,25 +214,6 @@ def test_parts_and_whole_make_numbers(qwen2_moe):
   assert programs.state.step == steps + 1
   same = jax.tree.map(np.array_equal, before, programs.state.params)
   assert not any(jax.tree.leaves(same))
-
-
-def test_rounds_alternate_their_order():
-  calls = []
-
-  def program(name):
-    return lambda: calls.append(name) or jnp.zeros(())
-
-  runs = {name: program(name) for name in 'abc'}
-  seconds = benchmark.time_rounds(runs, 4)
-  order = [calls[0]]  # Runs of one name in a row count once.
-  for before, name in itertools.pairwise(calls):
-    if name != before:
-      order.append(name)
-  # The warm-up, then there and back and there and back.
-  assert ''.join(order) == 'abc' + 'abcbabcba'
-  assert {name: len(taken) for name, taken in seconds.items()} == {
-    'a': 4, 'b': 4, 'c': 4,
-  }  # fmt: skip
 
 
 def test_the_default_is_the_peers_shape():

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -22,6 +23,25 @@ def test_pairs_alternate_their_order():
   assert taken.ratios == tuple(
     b / a for a, b in zip(taken.first, taken.second, strict=True)
   )
+
+
+def test_rounds_alternate_their_order():
+  calls = []
+
+  def program(name):
+    return lambda: calls.append(name) or jnp.zeros(())
+
+  runs = {name: program(name) for name in 'abc'}
+  seconds = timing.time_rounds(runs, 4)
+  order = [calls[0]]  # Runs of one name in a row count once.
+  for before, name in itertools.pairwise(calls):
+    if name != before:
+      order.append(name)
+  # The warm-up, then there and back and there and back.
+  assert ''.join(order) == 'abc' + 'abcbabcba'
+  assert {name: len(taken) for name, taken in seconds.items()} == {
+    'a': 4, 'b': 4, 'c': 4,
+  }  # fmt: skip
 
 
 def test_quartiles():

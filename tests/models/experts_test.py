@@ -120,7 +120,15 @@ def test_mesh_equals_one_device(sizes):
     close(run(*given), dense(*given))
 
 
-def test_device_kernels_on_emulated_collective(monkeypatch):
+@pytest.fixture
+def no_caches():
+  """Programs traced with something patched are nobody else's."""
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+def test_device_kernels_on_emulated_collective(no_caches, monkeypatch):
   """What a GPU's mesh would run, but for the machine."""
   monkeypatch.setattr(jax.lax, 'ragged_all_to_all', ragged.emulated)
   monkeypatch.setattr(models.experts, 'platform', lambda mesh: 'gpu')

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import math
 import re
@@ -60,8 +61,12 @@ def differentiated(f, **kwargs):
   return jax.jit(lambda *arrays: grad(*arrays)[::-1])
 
 
+@contextlib.contextmanager
 def in_chunks_of(tokens):
-  return mock.patch.dict(loss.CHUNK_TOKENS, cpu=tokens)
+  with mock.patch.dict(loss.CHUNK_TOKENS, cpu=tokens):
+    loss.cross_entropy.clear_cache()  # It has read the constant.
+    yield
+  loss.cross_entropy.clear_cache()
 
 
 def assert_near(actual, wanted, tolerance):
