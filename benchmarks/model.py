@@ -215,7 +215,7 @@ def _parts(config: DecoderConfig, mesh: Mesh | None) -> dict[str, _Part]:
 
   def head(model: Decoder, tokens_BU, x_BTD):
     mask_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
-    loss, _ = cross_entropy(
+    loss, *_ = cross_entropy(
       model.norm(x_BTD),
       model._head(x_BTD.dtype),
       tokens_BU[:, 1:],

@@ -35,9 +35,15 @@ class RopeScaling:
 
 
 REMAT_NAMES = (
-  'query', 'key', 'value', 'attention', 'out', 'gate', 'up',
+  'query', 'key', 'value', 'attention', 'out', 'gate', 'up', 'router',
+  'dispatch', 'combine', 'shared',
 )  # fmt: skip
-"""Activations of a block that a rematerialisation policy can save."""
+"""Activations of a block that a rematerialisation policy can save.
+
+Rotated queries and keys; what attention makes of values, and its projection;
+the hidden products of SwiGLU and of experts; the router's logits; tokens that
+have travelled to their experts, and back; what the shared expert makes.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +79,8 @@ class DecoderConfig:
   than unrolled on a CPU. The numbers are the same."""
   remat: str = 'none'
   """What of a block the backward pass computes again: 'none'; 'full', all of
-  it; 'minimal', all but its matrix products and attention; or the names to
-  save, of `REMAT_NAMES`, joined by commas."""
+  it; 'minimal', all but its matrix products, attention and experts'
+  exchange; or the names to save, of `REMAT_NAMES`, joined by commas."""
   z_loss: float = 0.0
   """Weight of the mean squared log-normaliser of the logits in the loss."""
   dtype: str = 'float32'
@@ -90,7 +96,9 @@ class DecoderConfig:
       _require_least(self, name, 1)
     for name in ('vocab_size', 'n_kv_heads'):
       if getattr(self, name) < 0:
-        raise ValueError(f'model.{name} must be positive, or 0')
+        raise ValueError(
+          f'model.{name} must be positive, or 0, not {getattr(self, name)}'
+        )
     if self.d_model % self.n_heads:
       raise ValueError(
         f'model.n_heads ({self.n_heads}) must divide model.d_model '
@@ -169,8 +177,8 @@ class Qwen2MoeConfig(DecoderConfig):
   renormalize: bool = False
   """Whether a token's expert weights are divided by their sum."""
   sparse_step: int = 1
-  """Every so manieth layer is sparse, the last of each group; others are
-  dense, of width d_ff."""
+  """One layer in so many is sparse, the last of them; the others are dense, of
+  width d_ff."""
   dense_layers: tuple[int, ...] = ()
   """Layers, from 0, that are dense whatever sparse_step says."""
   balance_loss: float = 0.001
@@ -183,7 +191,9 @@ class Qwen2MoeConfig(DecoderConfig):
     for name in ('n_experts', 'experts_per_token', 'd_expert', 'sparse_step'):
       _require_least(self, name, 1)
     if self.d_shared < 0:
-      raise ValueError('model.d_shared must be positive, or 0')
+      raise ValueError(
+        f'model.d_shared must be positive, or 0, not {self.d_shared}'
+      )
     if self.experts_per_token > self.n_experts:
       raise ValueError(
         f'model.experts_per_token ({self.experts_per_token}) must be at most '
@@ -207,9 +217,14 @@ class Qwen2MoeConfig(DecoderConfig):
 
 def _require_least(config, name: str, least: int) -> None:
   if getattr(config, name) < least:
-    raise ValueError(f'model.{name} must be at least {least}')
+    raise ValueError(
+      f'model.{name} must be at least {least}, not {getattr(config, name)}'
+    )
 
 
 def _require_weight(config, name: str) -> None:
   if not 0 <= getattr(config, name) < math.inf:
-    raise ValueError(f'model.{name} must be zero or more, and finite')
+    raise ValueError(
+      f'model.{name} must be zero or more, and finite, not '
+      f'{getattr(config, name)}'
+    )

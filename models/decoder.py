@@ -16,7 +16,7 @@ from models import moe
 from models.config import DecoderConfig, Qwen2MoeConfig
 from models.layers import Cache, RMSNorm, normal_param, rotary_angles
 from models.loss import cross_entropy
-from models.sharding import constrain
+from models.sharding import constrain, pinned
 
 
 class Group(NamedTuple):
@@ -36,6 +36,8 @@ class LossSums(NamedTuple):
   here. This and the losses of routers are differentiable, the rest is not."""
   cross_entropy: jax.Array
   """The first of these alone."""
+  squared_log_z: jax.Array
+  """Of the logits' squared log-normalisers, weighted, over tokens."""
   weight: jax.Array
   """Of all tokens."""
   sequences: jax.Array
@@ -111,7 +113,7 @@ class Decoder(nnx.Module):
     """Scores every next token.
 
     Args:
-      tokens_BT: int32 token ids (batch, length).
+      tokens_BT: int32 token ids (batch, length), in [0, vocabulary).
       positions_BT: int32 positions of the rotary embedding; 0, 1, ... if left
         out.
       segments_BT: int32 ids of packed documents: a token sees only those of
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
       weights_BT = jnp.ones(tokens_BT.shape, jnp.float32)
     mask_BT = (weights_BT != 0).astype(jnp.float32)
     x_BTD, router = self._hidden(tokens_BT, positions_BT, segments_BT, mask_BT)
-    loss, nll = cross_entropy(
+    loss, nll, squared_log_z = cross_entropy(
       x_BTD,
       self._head(x_BTD.dtype),
       targets_BT,
@@ -166,6 +168,7 @@ class Decoder(nnx.Module):
     return LossSums(
       loss=loss,
       cross_entropy=nll,
+      squared_log_z=squared_log_z,
       weight=jnp.sum(weights_BT),
       sequences=jnp.sum(tokens_B > 0).astype(jnp.float32),
       tokens=jnp.sum(tokens_B),
@@ -196,24 +199,34 @@ class Decoder(nnx.Module):
 
     Returns:
       float32 logits (batch, length, vocabulary), as `__call__` gives for all
-      tokens so far; and the cache with the new tokens.
+      tokens so far, NaN where the cache had no room; and the cache with the
+      new tokens.
+
+    Raises:
+      ValueError: the cache is shorter than the new tokens.
     """
+    room = cache.keys_LBSKH.shape[2]
+    if tokens_BT.shape[1] > room:
+      raise ValueError(
+        f'{tokens_BT.shape[1]} tokens for a cache that has room for {room}'
+      )
     positions = cache.length + jnp.arange(tokens_BT.shape[1])
     angles = self._angles(positions[None, :])
     x_BTD = self._embed(tokens_BT)
     for layer, block in enumerate(self._blocks()):
       x_BTD, cache = block.decode(x_BTD, angles, cache, layer)
     cache = cache._replace(length=cache.length + tokens_BT.shape[1])
-    return self._logits(self.norm(x_BTD)), cache
+    logits_BTV = self._logits(self.norm(x_BTD))
+    return jnp.where(cache.length <= room, logits_BTV, jnp.nan), cache
 
   def _embed(self, tokens_BT):
+    table_VD = constrain(self.embedding[...], self.mesh, 'vocab', 'embed')
     # Gathered along its width first: batch and width lie on the same axes.
-    embedding = constrain(
-      self.embedding[...].astype(self.config.dtype), self.mesh, 'vocab', 'width'
-    )
-    return constrain(
-      embedding[tokens_BT], self.mesh, 'batch', 'length', 'width'
-    )
+    table_VD = constrain(table_VD, self.mesh, 'vocab', 'width')
+    # Rows are cast, not the table: the gradient of a frequent token's row is a
+    # sum that bfloat16 would lose.
+    x_BTD = table_VD[tokens_BT].astype(self.config.dtype)
+    return constrain(x_BTD, self.mesh, 'batch', 'length', 'width')
 
   def _angles(self, positions_BT):
     c = self.config
@@ -265,7 +278,8 @@ class Decoder(nnx.Module):
     c = self.config
 
     def apply(params, x_BTD, context):
-      x_BTD, sums = nnx.merge(graph, params)(x_BTD, *context)
+      block = pinned(nnx.merge(graph, params), self.mesh)
+      x_BTD, sums = block(x_BTD, *context)
       return constrain(x_BTD, self.mesh, 'batch', 'length', 'width'), sums
 
     if c.remat == 'none':
@@ -328,8 +342,7 @@ def mean_losses(sums: LossSums, config: DecoderConfig) -> dict[str, jax.Array]:
   weight = _at_least_one(sums.weight)
   losses = {'loss': sums.cross_entropy / weight}
   if config.z_loss:
-    squares = (sums.loss - sums.cross_entropy) / config.z_loss
-    losses['z_loss'] = squares / weight
+    losses['z_loss'] = sums.squared_log_z / weight
   if isinstance(config, Qwen2MoeConfig):
     choices_LE = sums.expert_choices_LE
     mean_L1 = jnp.mean(choices_LE, axis=1, keepdims=True)

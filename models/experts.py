@@ -5,7 +5,6 @@ hidden width, E experts, M rows: one for each expert of each token.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from models import exchange
 from models.grouped import grouped_matmul
-from models.sharding import BATCH, platform
+from models.sharding import RULES, divides, platform, spec
 
 
 # Outside of jit it is compiled once, not at every call; inside it is inlined.
@@ -49,16 +48,18 @@ def experts(
     (B, T, D) in the tokens' dtype.
 
   Raises:
-    ValueError: the mesh does not divide the batch, the experts or their width;
+    ValueError: the mesh does not divide the experts or their width;
       or a device has 2**31 tokens times chosen experts times experts.
   """
   operands = x_BTD, chosen_BTk, weights_BTk, gate_EDF, up_EDF, down_EFD
   if mesh is None:
     return _local(*operands, kernels='cpu', ranks=1)
   _check(operands, mesh)
-  wide = PartitionSpec('expert', None, 'tensor')
-  narrow = PartitionSpec('expert', 'tensor', None)
-  tokens = PartitionSpec(BATCH, None, None)
+  wide = spec('experts', None, 'expert_mlp')
+  narrow = spec('experts', 'expert_mlp', None)
+  # A batch that the mesh does not divide is everybody's.
+  split = divides(mesh, len(x_BTD), 'batch')
+  tokens = spec('batch' if split else None, None, None)
 
   def body(*operands):
     ranks = mesh.shape['expert']
@@ -91,17 +92,16 @@ def dense_experts(
 
 def _check(operands, mesh):
   """Raises a ValueError if the mesh does not divide the operands."""
-  batch, (experts, _, width) = len(operands[0]), operands[3].shape
-  for what, size, axes in (
-    ('a batch', batch, BATCH),
-    ('experts', experts, ('expert',)),
-    ("experts' width", width, ('tensor',)),
+  experts, _, width = operands[3].shape
+  for what, size, name in (
+    ('experts', experts, 'experts'),
+    ("experts' width", width, 'expert_mlp'),
   ):
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if size % ways:
+    if not divides(mesh, size, name):
+      (axis,) = RULES[name]
       raise ValueError(
-        f'{what} of {size} cannot be split over the {ways} devices of the '
-        f"mesh's {' x '.join(axes)}"
+        f'{what} of {size} cannot be split over the {mesh.shape[axis]} devices '
+        f'of the mesh axis {axis}'
       )
 
 
@@ -120,6 +120,7 @@ def _local(
     # Of a token's experts, one rank has no more than all of its own.
     bounds = {'most': tokens * min(chosen, local), 'platform': kernels}
     x_MD = exchange.dispatch(x_MD, route, **bounds)
+    x_MD = checkpoint_name(x_MD, 'dispatch')
   gate_MF = grouped_matmul(x_MD, gate_EDF, sizes_E, kernels)
   up_MF = grouped_matmul(x_MD, up_EDF, sizes_E, kernels)
   gate_MF = checkpoint_name(gate_MF, 'gate')
@@ -128,6 +129,7 @@ def _local(
   y_MD = grouped_matmul(h_MF, down_EFD, sizes_E, kernels)
   if ranks > 1:
     y_MD = exchange.combine(y_MD, route, rows=len(order_M), **bounds)
+  y_MD = checkpoint_name(y_MD, 'combine')
   y_BTkD = _permute(y_MD, place_M, order_M).reshape(*chosen_BTk.shape, width)
   y_BTD = jnp.sum(y_BTkD.astype(jnp.float32) * weights_BTk[..., None], axis=2)
   return y_BTD.astype(x_BTD.dtype)

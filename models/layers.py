@@ -160,8 +160,8 @@ class Attention(nnx.Module):
   def _project(self, x_BTD, angles):
     def project(weight, bias, heads, name):
       y = product(x_BTD, weight[...])
-      if bias is not None:
-        y += bias[...].astype(y.dtype)
+      if bias is not None:  # In float32, as the sum that is its gradient.
+        y = (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
       y = constrain(y, self.mesh, 'batch', 'length', heads, 'head_dim')
       # After the rotation, so that a saved one is not rotated again.
       y = y if name == 'value' else apply_rotary(y, *angles)

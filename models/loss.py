@@ -28,7 +28,7 @@ def plain_cross_entropy(
   *,
   z_weight: float = 0.0,
   mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """What `cross_entropy` must equal, on whole logits.
 
   The compiler splits it over a mesh by itself.
@@ -42,8 +42,10 @@ def plain_cross_entropy(
   lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
   target_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
   nll_BT = lse_BT - target_BT1[..., 0]
-  loss = jnp.sum(weights_BT * (nll_BT + z_weight * jnp.square(lse_BT)))
-  return loss, lax.stop_gradient(jnp.sum(weights_BT * nll_BT))
+  nll, squares = (
+    jnp.sum(weights_BT * a_BT) for a_BT in (nll_BT, jnp.square(lse_BT))
+  )
+  return nll + z_weight * squares, *lax.stop_gradient((nll, squares))
 
 
 # Outside of jit it is compiled once, not at every call; inside it is inlined.
@@ -56,16 +58,17 @@ def cross_entropy(
   *,
   z_weight: float = 0.0,
   mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Cross-entropy of the targets under the logits `x @ head`.
 
   With nll the negative log-likelihood of a target and lse the log-sum-exp of
-  its token's logits, the two results are
+  its token's logits, the results are
 
-    loss = sum(weights * (nll + z_weight * lse**2))
-    nll  = sum(weights * nll)
+    loss    = sum(weights * (nll + z_weight * lse**2))
+    nll     = sum(weights * nll)
+    squares = sum(weights * lse**2)
 
-  Only the first carries a gradient; the second is to report. Differentiated,
+  Only the first carries a gradient; the others are to report. Differentiated,
   the forward pass also finds the gradients of the loss, chunk by chunk while
   it has the logits, and the backward pass only scales them: three matrix
   products, where recomputed logits would cost a fourth. So do not put this
@@ -85,8 +88,7 @@ def cross_entropy(
       the vocabulary stays split.
 
   Returns:
-    The loss and the negative log-likelihood: float32 scalars, in nats, sums
-    over the global batch.
+    The three: float32 scalars, in nats, sums over the global batch.
 
   Raises:
     ValueError: shapes or dtypes do not fit together, or do not fit the mesh.
@@ -110,7 +112,7 @@ def _sums_forward(z_weight, mesh, chunk_tokens, *arrays):
 def _sums_backward(z_weight, mesh, chunk_tokens, grads, cotangents):
   del z_weight, mesh, chunk_tokens
   dx_BTD, dhead_DV, dweights_BT = grads
-  scale, _ = cotangents
+  scale, *_ = cotangents
   dtype = dx_BTD.dtype
   dx_BTD = (scale * dx_BTD.astype(jnp.float32)).astype(dtype)
   return dx_BTD, (scale * dhead_DV).astype(dtype), None, scale * dweights_BT
@@ -120,7 +122,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _run(z_weight, mesh, chunk_tokens, with_grads, *arrays):
-  """The two sums, and the loss's gradients of x, head and weights."""
+  """The sums, and the loss's gradients of x, head and weights."""
   local = functools.partial(
     _run_local, z_weight, mesh, chunk_tokens, with_grads
   )
@@ -134,7 +136,7 @@ def _run(z_weight, mesh, chunk_tokens, with_grads, *arrays):
     mesh=mesh,
     in_specs=(x_spec, head_spec, token_spec, token_spec),
     out_specs=(
-      (PartitionSpec(), PartitionSpec()),
+      (PartitionSpec(),) * 3,
       (x_spec, head_spec, token_spec) if with_grads else None,
     ),
   )(*arrays)
@@ -177,17 +179,19 @@ def _run_local(
   dhead_DV, (nll_BT, lse_BT, dx_BTD) = _scan_tokens(
     chunk, dhead_DV, (x_BTD, *tokens_BT), chunk_tokens
   )
-  loss_BT = nll_BT + z_weight * jnp.square(lse_BT)
+  squares_BT = jnp.square(lse_BT)
+  loss_BT = nll_BT + z_weight * squares_BT
   _, weights_BT = tokens_BT
-  loss, nll = (
-    lax.psum(jnp.sum(weights_BT * a_BT), batch) for a_BT in (loss_BT, nll_BT)
+  sums = tuple(
+    lax.psum(jnp.sum(weights_BT * a_BT), batch)
+    for a_BT in (loss_BT, nll_BT, squares_BT)
   )
   if not with_grads:
-    return (loss, nll), None
+    return sums, None
   dhead_DV = lax.psum_scatter(dhead_DV, embed, scatter_dimension=0, tiled=True)
   copies = tuple(axis for axis in batch if axis not in embed)
   dhead_DV = lax.psum(dhead_DV, copies)
-  return (loss, nll), (dx_BTD, dhead_DV, loss_BT)
+  return sums, (dx_BTD, dhead_DV, loss_BT)
 
 
 def _losses(x_MD, head_DV, ids_M, axes):

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from models.config import Qwen2MoeConfig
 from models.experts import experts
-from models.layers import SwiGLU, normal_param
+from models.layers import SwiGLU, normal_param, product
 from models.sharding import constrain
 
 
@@ -79,8 +80,8 @@ class Moe(nnx.Module):
       mesh=self.mesh,
     )
     if self.config.d_shared:
-      open_BT1 = jax.nn.sigmoid(x_BTD @ self.shared_gate[...].astype(dtype))
-      y_BTD = y_BTD + open_BT1 * self.shared(x_BTD)
+      open_BT1 = jax.nn.sigmoid(product(x_BTD, self.shared_gate[...]))
+      y_BTD += open_BT1 * checkpoint_name(self.shared(x_BTD), 'shared')
     return y_BTD, sums
 
   def _logits(self, x_BTD):
@@ -90,7 +91,8 @@ class Moe(nnx.Module):
       self.router[...],
       precision=jax.lax.Precision.HIGHEST,
     )
-    return constrain(logits_BTE, self.mesh, 'batch', 'length', 'router')
+    logits_BTE = constrain(logits_BTE, self.mesh, 'batch', 'length', 'router')
+    return checkpoint_name(logits_BTE, 'router')
 
 
 def route(logits_BTE, mask_BT, config: Qwen2MoeConfig):

@@ -6,6 +6,7 @@ lies between the constraints, and kernels that it cannot are islands of
 `jax.shard_map`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -89,10 +90,20 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
-  """Tells the compiler how an activation is split; a copy without a mesh."""
+  """Tells the compiler how an array is split, if there is a mesh.
+
+  A batch that the mesh does not divide, as of a single prompt, is not split.
+  """
   if mesh is None or mesh.size == 1:
     return x
+  if names[0] == 'batch' and not divides(mesh, x.shape[0], 'batch'):
+    names = (None, *names[1:])
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*names)))
+
+
+def divides(mesh: Mesh, size: int, name: str) -> bool:
+  """Whether the mesh axes of a logical axis divide its size."""
+  return size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0
 
 
 def param(value: jax.Array, *names: str) -> nnx.Param:
@@ -100,6 +111,21 @@ def param(value: jax.Array, *names: str) -> nnx.Param:
   if value.ndim != len(names):
     raise ValueError(f'{value.ndim} axes have the names {names}')
   return nnx.Param(value, logical_axes=names)
+
+
+def pinned(module: nnx.Module, mesh: Mesh | None) -> nnx.Module:
+  """Tells the compiler how a module's parameters are split.
+
+  Their gradients are split alike, so that each is reduced to where it belongs
+  as soon as it is there.
+  """
+  if mesh is None or mesh.size == 1:
+    return module
+  graph, state = nnx.split(module, nnx.Param)
+  params = jax.lax.with_sharding_constraint(
+    nnx.to_pure_dict(state), param_shardings(module, mesh)
+  )
+  return nnx.merge(graph, params)
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh) -> Any:
@@ -135,7 +161,7 @@ def check(config: DecoderConfig, mesh: Mesh) -> None:
 
   def require(field: str, size: int, logical: str) -> None:
     axes = RULES[logical]
-    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    ways = math.prod(mesh.shape[axis] for axis in axes)
     if size % ways:
       raise ValueError(
         f'model.{field} ({size}) must be a multiple of {ways}, the size of '

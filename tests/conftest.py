@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, for every test of sharding."""
+"""Eight fake CPU devices, and property tests without a deadline."""
 
 import os
 
@@ -7,3 +7,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 _FLAG = '--xla_force_host_platform_device_count'
 if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'
+
+try:
+  import hypothesis
+except ImportError:  # Where only transformers' parity is tested.
+  pass
+else:
+  # A machine may be busy, and a first example compiles.
+  hypothesis.settings.register_profile(
+    'patient',
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+  )
+  hypothesis.settings.load_profile('patient')

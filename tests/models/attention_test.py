@@ -258,9 +258,7 @@ def test_what_cudnn_is_asked_is_the_formula(no_caches, monkeypatch):
 
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('sizes', [None, {'data': 4, 'tensor': 2}], ids=str)
-def test_cudnn_is_lowered_with_its_mask(
-  sizes, packed, no_caches, monkeypatch
-):
+def test_cudnn_is_lowered_with_its_mask(sizes, packed, no_caches, monkeypatch):
   """Lowered for CUDA on this host; not run on a GPU."""
   # jax asks for cuDNN's version when it traces; this host has none.
   monkeypatch.setattr(

@@ -156,6 +156,37 @@ def test_each_policy_keeps_what_it_says():
   assert sizes['none'] > sizes['minimal']
 
 
+@pytest.mark.parametrize('family', ['llama', slow('qwen2_moe')])
+def test_minimal_repeats_no_product(family):
+  """Of its own, that is: attention's kernel recomputes scores by design."""
+  config = FAMILIES[family]
+
+  def products(remat):
+    graph, params = parts(dataclasses.replace(config, remat=remat))
+
+    def loss(params):
+      sums = nnx.merge(graph, params).loss_sums(TOKENS, TARGETS)
+      return decoder.total_loss(sums, config)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    return sum(
+      e.primitive.name == 'dot_general' for e in equations(jaxpr.jaxpr)
+    )
+
+  assert products('minimal') == products('none') < products('full')
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in jax.tree.leaves(
+      equation.params, is_leaf=lambda x: hasattr(x, 'eqns')
+    ):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from equations(inner)
+
+
 def meshes():
   for sizes in itertools.product((1, 2, 4, 8), repeat=4):
     if np.prod(sizes) == 8:
@@ -180,7 +211,17 @@ def test_every_mesh_equals_one_device(config, sizes):
   assert len(ALL) == 20
   mesh = sharding.make_mesh(**sizes)
   sharding.check(config, mesh)
-  assert_same(config, loss_and_gradients(config, mesh), expected(config))
+  found = loss_and_gradients(config, mesh)
+  assert_same(config, found, expected(config))
+  # Each gradient is where its parameter is.
+  model = nnx.eval_shape(
+    lambda: families.build(config, rngs=nnx.Rngs(params=0))
+  )
+  places = sharding.param_shardings(model, mesh)
+  for leaf, place in zip(
+    jax.tree.leaves(found[2]), jax.tree.leaves(places), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 @pytest.mark.parametrize('family', ['llama', slow('qwen2_moe')])
@@ -278,6 +319,73 @@ def test_cached_decoding_equals_the_full_forward(config, scan):
   np.testing.assert_allclose(
     jnp.concatenate(found, axis=1), wanted, rtol=1e-4, atol=1e-4
   )
+
+
+@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
+def test_one_prompt_on_a_mesh(config):
+  """A batch that the mesh does not divide is computed all the same."""
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, expert=2)
+  model = families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
+  graph, params = nnx.split(model)
+  params = jax.device_put(
+    nnx.to_pure_dict(params), sharding.param_shardings(model, mesh)
+  )
+  alone, _ = parts(config)
+
+  def run(graph, params):
+    def score(params):
+      logits = nnx.merge(graph, params)(TOKENS[:1])
+      return jnp.sum(jnp.sin(logits)), logits
+
+    return jax.jit(jax.value_and_grad(score, has_aux=True))(params)
+
+  (_, logits), grads = run(graph, params)
+  (_, wanted), wanted_grads = run(alone, parameters(config))
+  np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=2e-5 * np.abs(b).max() + 1e-9
+    ),
+    grads,
+    wanted_grads,
+  )
+  step = jax.jit(lambda p, t, cache: nnx.merge(graph, p).decode(t, cache))
+  decoded, _ = step(params, TOKENS[:1], model.init_cache(1, 9))
+  np.testing.assert_allclose(decoded, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_without_room_is_seen():
+  graph, params = parts(LLAMA)
+  model = nnx.merge(graph, params)
+  with pytest.raises(ValueError, match='9 tokens for a cache that has room fo'):
+    model.decode(TOKENS, model.init_cache(8, 8))
+  step = jax.jit(model.decode)
+  logits, cache = step(TOKENS[:, :5], model.init_cache(8, 8))
+  assert np.isfinite(logits).all()
+  logits, _ = step(TOKENS[:, :5], cache)
+  assert np.isnan(logits).all()
+
+
+@pytest.mark.parametrize('family', ['llama', slow('qwen2_moe')])
+def test_bfloat16_loses_no_sum_over_tokens(family):
+  """The gradients of rows of the embedding and of biases are such sums."""
+  rows = 16
+  tokens = RNG.choice(24, (rows, 257), p=[0.5] + [0.5 / 23] * 23)
+  batch = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
+  config = dataclasses.replace(
+    FAMILIES[family], qkv_bias=True, n_layers=2, init_std=0.1
+  )
+  _, _, wanted = loss_and_gradients(config, batch=batch)
+  half = dataclasses.replace(config, dtype='bfloat16')
+  _, _, found = loss_and_gradients(half, batch=batch)
+  for path, a in jax.tree_util.tree_leaves_with_path(found):
+    b = wanted
+    for key in path:
+      b = b[key.key]
+    error = np.linalg.norm(a - b) / np.linalg.norm(b)
+    # A key's bias hardly matters: its gradient is what is left of a sum.
+    limit = 0.2 if 'key_bias' in str(path) else 0.04
+    assert error < limit, (jax.tree_util.keystr(path), error)
 
 
 def test_bfloat16_and_padding():
