@@ -56,7 +56,9 @@ def load(
     ValueError: an option is not supported, a tensor is unknown, missing or of
       another shape or type, a file is broken, or the mesh does not divide the
       model; the message names it.
-    FileNotFoundError: the folder lacks a file; the message names it.
+    FileNotFoundError: there is no such folder, or it lacks a file; the message
+      names it.
+    OSError: a file cannot be read; the message names it.
   """
   folder = pathlib.Path(folder)
   config = config or load_config(folder)
@@ -141,7 +143,8 @@ def load_config(folder: str | os.PathLike[str]) -> DecoderConfig:
   Raises:
     ValueError: it is broken, or an option is not supported; the message names
       it.
-    FileNotFoundError: there is no config.json.
+    FileNotFoundError: there is no such folder, or no config.json in it.
+    OSError: config.json cannot be read.
   """
   path = pathlib.Path(folder) / 'config.json'
   given = huggingface_files.read_json(path)

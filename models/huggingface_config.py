@@ -67,6 +67,8 @@ _MOE = (
   _Field('balance_loss', 'router_aux_loss_coef', float, 0.001),
 )
 
+_POSITIVE = (*_DECODER[:1], _KV_HEADS)  # Of ours, 0 leaves them open.
+
 
 def from_hugging_face(given: Any, path: str) -> DecoderConfig:
   """Translates a config.json.
@@ -111,6 +113,12 @@ def from_hugging_face(given: Any, path: str) -> DecoderConfig:
     values |= options.fields(_MOE)
   head_dim = options.take('head_dim', int, -1)
   options.finish()
+  for field in _POSITIVE:
+    value = given.get(field.theirs)
+    if value is not None and value < 1:
+      raise ValueError(
+        f'{path}: {field.theirs} must be at least 1, not {value}'
+      )
   try:
     config = kind(rope_scaling=RopeScaling(**scaling), **values)
   except ValueError as error:  # Out of range; it has our names.

@@ -26,16 +26,26 @@ class Tensors:
 
   Raises:
     FileNotFoundError: a file is missing; the message names it.
-    ValueError: a file is broken; the message names it.
+    ValueError: a file is broken, a tensor stands in two of them, or the index
+      is at odds with them; the message names what is wrong.
   """
 
   def __init__(self, folder: pathlib.Path):
     with contextlib.ExitStack() as stack:
       self._file: dict[str, tuple[pathlib.Path, Any]] = {}
-      for path in _files(folder):
+      paths, promised = _files(folder)
+      for path in paths:
         opened = _open(path)
         stack.enter_context(opened)
-        self._file |= dict.fromkeys(opened.keys(), (path, opened))
+        names = opened.keys()
+        if twice := self._file.keys() & names:
+          other, _ = self._file[min(twice)]
+          raise ValueError(f'{min(twice)} stands in both {other} and {path}')
+        self._file |= dict.fromkeys(names, (path, opened))
+      if absent := promised - self._file.keys():
+        raise ValueError(
+          f'{folder / _INDEX} lists {min(absent)}, which no file holds'
+        )
       self._stack = stack.pop_all()
 
   def __enter__(self):
@@ -137,19 +147,29 @@ def read_json(path: pathlib.Path) -> Any:
   """Reads a file of JSON.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it holds something else; the message names it.
+    FileNotFoundError: there is no such file, or no such folder.
+    OSError: it cannot be read.
+    ValueError: it holds something else; all messages name it.
   """
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f'there is no folder {path.parent}')
+  if not path.exists():
+    raise FileNotFoundError(f'there is no {path}')
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot read {path}: {error.strerror}') from error
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The folder's safetensors, the whole before shards, like transformers."""
+def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
+  """The folder's safetensors and the tensors that its index lists.
+
+  The whole comes before shards, like in transformers.
+  """
   if (folder / _SINGLE).exists():
-    return [folder / _SINGLE]
+    return [folder / _SINGLE], set()
   index = folder / _INDEX
   if not index.exists():
     raise FileNotFoundError(f'{folder} holds neither {_SINGLE} nor {_INDEX}')
@@ -159,16 +179,28 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     isinstance(file, str) for file in weight_map.values()
   ):
     raise ValueError(f'{index}: weight_map must give a file for each tensor')
-  return [folder / file for file in sorted(set(weight_map.values()))]
+  files = sorted(set(weight_map.values()))
+  for file in files:
+    # A downloaded index must not reach out of its folder, on any system.
+    if file in ('', '..') or pathlib.PureWindowsPath(file).name != file:
+      raise ValueError(
+        f'{index}: weight_map names {file!r}; it can only name files of its '
+        'own folder'
+      )
+  return [folder / file for file in files], set(weight_map)
 
 
 def _open(path: pathlib.Path) -> Any:
   if not path.exists():
     raise FileNotFoundError(f'{path} is missing, which {_INDEX} names')
+  if not path.is_file():
+    raise ValueError(f'{path} is not a file')
   try:
     return safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
     raise ValueError(f'{path} is not a whole safetensors: {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot read {path}: {error}') from error
 
 
 def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:

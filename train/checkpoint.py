@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.errors import UserError
@@ -49,7 +50,9 @@ class Checkpoints:
       UserError: the disk is full; also where an earlier save found it full.
     """
     with self._one_line_errors():
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(
+        step, args=ocp.args.StandardSave(_without_empty(state))
+      )
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """Returns the state of a step, placed as abstract_state's shardings say.
@@ -58,9 +61,10 @@ class Checkpoints:
       UserError: the checkpoint does not hold such a state.
     """
     try:
-      return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract_state)
+      stored = self._manager.restore(
+        step, args=ocp.args.StandardRestore(_without_empty(abstract_state))
       )
+      return _with_empty(stored, abstract_state)
     except _MISFITS as error:
       raise UserError(
         f'cannot restore step {step} from {self._directory}: remove its '
@@ -120,14 +124,15 @@ def restore_params(
         f'there is no step {step} in {directory}, only '
         f'{", ".join(map(str, steps))}'
       )
-    wanted = {'params': abstract_params}
+    wanted = {'params': _without_empty(abstract_params)}
     how = ocp.args.PyTreeRestore(
       item=wanted,
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=True,
     )
     try:
-      params = manager.restore(step, args=how)['params']
+      stored = manager.restore(step, args=how)['params']
+      params = _with_empty(stored, abstract_params)
       # What is not in the checkpoint comes back as it was asked for.
       if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
         raise ValueError('it lacks parameters')
@@ -166,6 +171,28 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
       raise UserError(
         f'cannot write {self._directory}: {os.strerror(number)}'
       ) from error
+
+
+def _without_empty(tree: Any) -> Any:
+  """Puts a 0 in the place of each array without elements.
+
+  Orbax refuses to write those, and a model may have them: a shared expert of
+  width 0. A number in their place lets a model of another width be noticed.
+  """
+  return jax.tree.map(lambda x: x if x.size else 0, tree)
+
+
+def _with_empty(stored: Any, abstract_tree: Any) -> Any:
+  """Undoes `_without_empty`."""
+  return jax.tree.map(
+    lambda like, x: (
+      x
+      if like.size
+      else jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    ),
+    abstract_tree,
+    stored,
+  )
 
 
 def _reason(error: Exception) -> str:

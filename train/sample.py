@@ -103,8 +103,13 @@ def load(folder: pathlib.Path, step: int | None = None) -> Source:
   try:
     run = config.from_dict(given)
   except ValueError as error:
+    reason = _first_line(error)
+    if isinstance(given['model'], dict) and 'family' not in given['model']:
+      reason = 'it does not say model.family'
     raise UserError(
-      f'{path} is damaged or of another version ({_first_line(error)})'
+      f'{path} was written by another version of this program, or is damaged '
+      f'({reason}): sample it with that version, or train it again, in another '
+      '--run-dir'
     ) from error
   tokenizer = PromptTokenizer.of_run(folder)
   model = _restore(run.model, folder / 'checkpoints', step, mesh)

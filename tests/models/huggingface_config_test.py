@@ -140,6 +140,11 @@ def test_spellings_of_the_rotary_embedding():
     (BASE, {'sliding_window': 64}, 'unknown options: sliding_window'),
     (BASE, {'num_experts': 4, 'a': 1}, 'unknown options: a, num_experts'),
     (BASE, {'hidden_size': None}, 'lacks hidden_size'),
+    (BASE, {'vocab_size': 0}, 'vocab_size must be at least 1, not 0'),
+    (BASE, {'vocab_size': -1}, 'vocab_size must be at least 1, not -1'),
+    (MOE, {'vocab_size': 0}, 'vocab_size must be at least 1, not 0'),
+    (BASE, {'num_key_value_heads': 0}, 'num_key_value_heads must be at least'),
+    (MOE, {'num_key_value_heads': -2}, 'num_key_value_heads must be at least'),
     (
       BASE,
       {'hidden_size': 25},
@@ -227,9 +232,21 @@ def test_names_a_broken_file(text, words, tmp_path):
   with pytest.raises(ValueError, match=words) as caught:
     huggingface.load_config(tmp_path)
   assert str(path) in str(caught.value)
-  path.unlink()
-  with pytest.raises(FileNotFoundError, match=r'config\.json'):
+
+
+def test_names_a_config_that_cannot_be_read(tmp_path):
+  path = tmp_path / 'config.json'
+  with pytest.raises(FileNotFoundError) as caught:
     huggingface.load_config(tmp_path)
+  assert str(caught.value) == f'there is no {path}'
+  path.mkdir()
+  with pytest.raises(OSError, match='Is a directory') as caught:
+    huggingface.load_config(tmp_path)
+  assert str(caught.value) == f'cannot read {path}: Is a directory'
+  for folder in (tmp_path / 'nowhere', pathlib.Path(__file__)):
+    with pytest.raises(FileNotFoundError) as caught:
+      huggingface.load_config(folder)
+    assert str(caught.value) == f'there is no folder {folder}'
 
 
 def shapes(kind, **more):

@@ -118,7 +118,7 @@ def test_missing_files_are_named(tmp_path):
   (folder / INDEX).unlink()
   with pytest.raises(FileNotFoundError, match=r'neither model\.safetensors'):
     huggingface.load(folder)
-  with pytest.raises(FileNotFoundError, match=r'nowhere.config\.json'):
+  with pytest.raises(FileNotFoundError, match=r'no folder .*nowhere$'):
     huggingface.load(folder / 'nowhere')
 
 
@@ -130,6 +130,8 @@ def test_missing_files_are_named(tmp_path):
     ('{}', 'weight_map'),
     ('{"weight_map": ["a"]}', 'weight_map'),
     ('{"weight_map": {"a": 1}}', 'weight_map'),
+    ('{"weight_map": {"a": "b", "c": {}}}', 'weight_map'),
+    ('{"weight_map": "a"}', 'weight_map'),
   ],
 )
 def test_a_broken_index_is_named(text, words, tmp_path):
@@ -138,6 +140,71 @@ def test_a_broken_index_is_named(text, words, tmp_path):
   with pytest.raises(ValueError, match=words) as caught:
     huggingface.load(folder)
   assert INDEX in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def list_in_index(folder, files):
+  path = folder / INDEX
+  index = json.loads(path.read_text())
+  index['weight_map'] |= files
+  path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+  'place',
+  ['', '.', '..', '/', '../model/model-00001-of-00002.safetensors',
+   './model-00001-of-00002.safetensors', 'a/b.safetensors', 'a\\b', 'c:b',
+   '{}/model-00001-of-00002.safetensors'],
+)  # fmt: skip
+def test_an_index_names_only_files_of_its_folder(place, tmp_path):
+  folder = reference.write(tmp_path / 'model', BASE, shards=2)
+  place = place.format(folder)  # Even where there is such a file.
+  list_in_index(folder, {'model.norm.weight': place})
+  with pytest.raises(ValueError, match='only name files of its own') as caught:
+    huggingface.load(folder)
+  message = str(caught.value)
+  assert message.startswith(f'{folder / INDEX}: weight_map names {place!r};')
+
+
+def test_a_link_to_a_file_elsewhere_is_followed(tmp_path):
+  """So a download cache keeps its files."""
+  folder = reference.write(tmp_path / 'model', BASE, shards=2)
+  for i, path in enumerate(sorted(folder.glob('*.safetensors'))):
+    path.rename(tmp_path / f'{i}')
+    path.symlink_to(tmp_path / f'{i}')
+  huggingface.load(folder)
+
+
+def test_a_directory_is_no_safetensors(tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=2)
+  (folder / 'deeper').mkdir()
+  list_in_index(folder, {'extra': 'deeper'})
+  with pytest.raises(ValueError, match=f'^{folder / "deeper"} is not a file$'):
+    huggingface.load(folder)
+  (folder / 'model.safetensors').mkdir()
+  with pytest.raises(ValueError, match=r'model\.safetensors is not a file$'):
+    huggingface.load(folder)
+
+
+def test_a_tensor_that_only_the_index_has_is_named(tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=2)
+  list_in_index(folder, {'extra': 'model-00001-of-00002.safetensors'})
+  with pytest.raises(
+    ValueError, match=f'^{folder / INDEX} lists extra, which no file holds$'
+  ):
+    huggingface.load(folder)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
+  folder = reference.write(tmp_path, BASE, shards=2)
+  first, second = sorted(folder.glob('*.safetensors'))
+  theirs, tensors = map(safetensors.numpy.load_file, (first, second))
+  name = min(theirs)
+  safetensors.numpy.save_file({**tensors, name: theirs[name]}, second)
+  with pytest.raises(
+    ValueError, match=f'^{name} stands in both {first} and {second}$'
+  ):
+    huggingface.load(folder)
 
 
 def model(**changes):

@@ -3,6 +3,7 @@ import gc
 import shutil
 import sys
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,59 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
   assert '\n' not in str(error.value)
   assert 'tensorstore_spec' not in str(error.value)
   second.close()
+
+
+class Moments(NamedTuple):
+  mu: dict
+  nu: dict
+
+
+def state_with_empty(width=0):
+  """Parameters and moments, some of a width, sharded by rows."""
+  params = jax.device_put(
+    {
+      'shared': {'gate': np.ones((8, width), np.float32),
+                 'down': np.ones((8, width, 4), jnp.bfloat16)},
+      'w': np.ones((8, 2), np.float32),
+    },
+    batch_sharding(make_mesh(8)),
+  )  # fmt: skip
+  return {'params': params, 'moments': Moments(params, {'g': params['shared']})}
+
+
+def test_arrays_without_elements_come_back(checkpoints, tmp_path):
+  wanted = state_with_empty()
+  checkpoints.save(2, wanted)
+  checkpoints.wait()
+  for like, restored in (
+    (wanted, checkpoints.restore(2, abstract(wanted))),
+    (
+      wanted['params'],
+      restore_params(tmp_path / 'checkpoints', abstract(wanted['params'])),
+    ),
+  ):
+    assert_same(restored, like)
+    assert abstract(restored) == abstract(like)  # With dtypes and shardings.
+
+
+# As above.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore:coroutine:RuntimeWarning')
+@pytest.mark.parametrize(('stored', 'wanted'), [(0, 3), (3, 0)])
+def test_an_array_does_not_become_one_without_elements(
+  checkpoints, tmp_path, stored, wanted
+):
+  checkpoints.save(2, state_with_empty(stored))
+  checkpoints.wait()
+  like = abstract(state_with_empty(wanted))
+  with pytest.raises(UserError, match='cannot restore step 2') as error:
+    checkpoints.restore(2, like)
+  assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match='cannot read step 2') as error:
+    restore_params(tmp_path / 'checkpoints', like['params'])
+  assert '\n' not in str(error.value)
+  del error
+  gc.collect()
 
 
 @pytest.fixture

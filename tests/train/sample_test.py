@@ -124,6 +124,24 @@ def test_text_of_a_run(trained, main, capsys):
   assert all(text.endswith('\n') for text in texts)
 
 
+def test_a_model_without_a_shared_expert(tiny, main, capsys, tmp_path):
+  """Its matrices have no elements, which a checkpoint has to hold too."""
+  how = [
+    'run', 'demo_moe', *tiny, '--model.d_shared=0', '--model.n_experts=2',
+    '--model.experts_per_token=1', '--model.d_expert=8', '--steps=5',
+    '--save_every=2', '--run-dir', tmp_path / 'run',
+  ]  # fmt: skip
+  assert main(*how, '--stop-at', '3') == 0
+  assert main(*how) == 0
+  captured = capsys.readouterr()
+  assert 'continues from step 3' in captured.err
+  assert captured.out.splitlines()[-1].startswith('done: 5 steps')
+  assert main('sample', tmp_path / 'run', '--tokens', '5') == 0
+  captured = capsys.readouterr()
+  assert captured.out.endswith('\n')
+  assert captured.err == ''
+
+
 def test_a_text_longer_than_the_training_warns_in_one_line(
   trained, main, capsys
 ):
@@ -247,6 +265,19 @@ def rewrite(path, text):
   path.write_text(text)
 
 
+def replace(path):
+  """Leaves a directory in the place of a file."""
+  path.unlink()
+  path.mkdir()
+
+
+def index(folder, text):
+  """Leaves an index in the place of the one file, and two copies of that."""
+  whole = (folder / 'model.safetensors').rename(folder / 'whole')
+  shutil.copy(whole, folder / 'copy')
+  (folder / 'model.safetensors.index.json').write_text(text)
+
+
 @pytest.mark.parametrize(
   ('damage', 'words'),
   [
@@ -255,8 +286,15 @@ def rewrite(path, text):
     (lambda run: rewrite(run / 'config.json', '{}'), 'is neither a run'),
     (lambda run: rewrite(run / 'config.json', '{"mo'), 'is not JSON'),
     (lambda run: rewrite(run / 'config.json', '[]'), 'is not a JSON object'),
-    (lambda run: change(run / 'config.json', model={}), 'of another version'),
-    (lambda run: change(run / 'config.json', steps=0), 'of another version'),
+    (lambda run: change(run / 'config.json', model={'d_model': 16}),
+     'config.json was written by another version of this program, or is '
+     'damaged (it does not say model.family): sample it with that version, or '
+     'train it again, in another --run-dir'),
+    (lambda run: change(run / 'config.json', model={'family': 'gpt2'}),
+     'by another version of this program, or is damaged (not the '
+     "configuration of a run: KeyError('gpt2'))"),
+    (lambda run: change(run / 'config.json', model=[]), 'by another version'),
+    (lambda run: change(run / 'config.json', steps=0), 'by another version'),
     (lambda run: (run / 'tokenizer.json').unlink(),
      'an older version made it; the command that trained it, given again'),
     (lambda run: rewrite(run / 'tokenizer.json', '{}'), 'is not a tokenizer'),
@@ -284,6 +322,20 @@ def test_a_directory_of_runs_names_them(trained, main, capsys, one_error):
   ('damage', 'words'),
   [
     (lambda f: (f / 'tokenizer.json').unlink(), 'holds no tokenizer.json'),
+    (lambda f: replace(f / 'config.json'), 'config.json: Is a directory'),
+    (lambda f: replace(f / 'tokenizer.json'), 'tokenizer.json: Is a directory'),
+    (lambda f: replace(f / 'model.safetensors'), 'safetensors is not a file'),
+    (lambda f: index(f, '{}'), 'weight_map must give a file'),
+    (lambda f: index(f, '{"weight_map": {"a": "../b"}}'),
+     "index.json: weight_map names '../b'"),
+    (lambda f: index(f, '{"weight_map": {"a": "whole"}}'),
+     'index.json lists a, which no file holds'),
+    (lambda f: index(f, '{"weight_map": {"a": "whole", "b": "copy"}}'),
+     'lm_head.weight stands in both'),
+    (lambda f: change(f / 'config.json', vocab_size=0),
+     'config.json: vocab_size must be at least 1, not 0'),
+    (lambda f: change(f / 'config.json', vocab_size=-1),
+     'config.json: vocab_size must be at least 1, not -1'),
     (lambda f: (f / 'model.safetensors').unlink(), 'model.safetensors'),
     (lambda f: rewrite(f / 'model.safetensors', 'x'), 'model.safetensors'),
     (lambda f: change(f / 'config.json', model_type='gpt2'), "'gpt2' is not"),
@@ -292,7 +344,7 @@ def test_a_directory_of_runs_names_them(trained, main, capsys, one_error):
     (lambda f: change(f / 'config.json', vocab_size=271), 'has shape'),
     (lambda f: rewrite(f / 'generation_config.json', '{'), 'is not JSON'),
   ],
-)
+)  # fmt: skip
 def test_a_broken_folder(
   folders, tmp_path, main, capsys, one_error, damage, words
 ):
