@@ -1,6 +1,7 @@
 """Grouped matrix products against a loop over the groups in numpy."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 import models.grouped
 from models.grouped import grouped_matmul
 
-# (rows, D, F): below, on and beside the sizes of the blocks.
-SHAPES = [(7, 5, 3), (128, 8, 16), (333, 16, 24)]
+# (rows, D, F): below, on and beside the size of a tile, and a larger tile.
+SHAPES = [(7, 5, 3), (128, 8, 16), (333, 140, 150), (333, 16, 24)]
 GROUPS = 5
 
 
@@ -85,8 +86,10 @@ def test_gpu_product_and_gradients(case):
 @pytest.mark.parametrize('share', [(1, 1, 1, 1, 1), (0, 3, 0, 0, 1)])
 def test_tpu_gradient_interpreted(monkeypatch, share):
   """The kernel of a TPU, interpreted: its tiles, padding and empty groups."""
-  tgmm = functools.partial(models.grouped.tgmm, interpret=True)
-  monkeypatch.setattr(models.grouped, 'tgmm', tgmm)
+  # By name: as an attribute of its package `gmm` is a function.
+  gmm = importlib.import_module('jax.experimental.pallas.ops.tpu.megablox.gmm')
+  kernel = functools.partial(gmm.tgmm, interpret=True)
+  monkeypatch.setattr(gmm, 'tgmm', kernel)
   shape = SHAPES[-1]
   x, w, dy = operands(shape)
   sizes = np.asarray(share) * (shape[0] // GROUPS)
