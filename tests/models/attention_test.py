@@ -328,7 +328,7 @@ def test_saved_attention_is_not_run_again(sizes):
 def test_on_the_accelerator_of_this_machine():
   device = jax.devices()[0]
   if device.platform == 'cpu':
-    pytest.skip('this machine has no accelerator')
+    pytest.skip('JAX_PLATFORMS names no accelerator of this machine')
   mesh = sharding.make_mesh([device])
   args = draw(2, 257, 4, 2, 64, 'bfloat16')
   for segments in (None, documents(2, 257, chance=0.02)):
