@@ -1,6 +1,7 @@
 """Small runs of the trainer, in this process and in one of their own."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -80,6 +81,16 @@ def kept_programs(programs):
     compilation_cache.reset_cache()  # It looks at the settings once.
     if values is changed:
       yield
+
+
+@pytest.fixture(autouse=True)
+def own_logger():
+  """What a program does to its logger ends with the test."""
+  logger = logging.getLogger('train')
+  before = logger.handlers, logger.propagate, logger.level
+  yield
+  logger.handlers, logger.propagate = before[:2]
+  logger.setLevel(before[2])
 
 
 @pytest.fixture

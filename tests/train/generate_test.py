@@ -146,7 +146,10 @@ def drawn(logits_V, keys, temperature, top_p):
   )(keys)
 
 
-LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=7, max_size=7)
+# XLA's CPU backend takes subnormal numbers for 0.
+LOGITS = st.lists(
+  st.floats(-30, 30, width=32, allow_subnormal=False), min_size=7, max_size=7
+)
 jitted_nucleus = jax.jit(nucleus)
 
 
