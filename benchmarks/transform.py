@@ -11,8 +11,6 @@ write the power by hand. All programs work on the same buffers in turn.
 
 import argparse
 import math
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -234,36 +232,29 @@ def format_result(result: dict[str, Any]) -> str:
   ))  # fmt: skip
 
 
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-  def parse(text: str) -> Any:
-    value = kind(text)
-    if not (value > 0 and math.isfinite(value)):
-      raise argparse.ArgumentTypeError(f'{text} is not a positive number')
-    return value
+def _power(text: str) -> float:
+  value = float(text)
+  if not 0 < value < math.inf:
+    raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+  return value
 
-  parse.__name__ = kind.__name__  # argparse names it when kind fails.
-  return parse
+
+_power.__name__ = 'float'  # argparse names it where float fails.
 
 
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints, and writes the result as JSON if asked to."""
-  parser = argparse.ArgumentParser(
+  parser = timing.Parser(
     prog='python -m benchmarks.transform',
     description='Times an AdamW update with the power against one without.',
   )
-  parser.add_argument('--elements', type=_positive(int), default=2**24)
-  parser.add_argument('--pairs', type=_positive(int), default=21)
-  parser.add_argument('--p', type=_positive(float), default=1.2)
+  parser.add_argument('--elements', type=timing.positive, default=2**24)
+  parser.add_argument('--pairs', type=timing.positive, default=21)
+  parser.add_argument('--p', type=_power, default=1.2)
   parser.add_argument('--json', metavar='FILE', help='write the result here')
   options = parser.parse_args(argv)
-  if options.json:  # Known before minutes are spent.
-    target = pathlib.Path(options.json)
-    try:
-      target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      parser.error(f'cannot write --json {target}: {error.strerror}')
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-      parser.error(f'cannot write --json {target}')
+  if options.json:
+    timing.check_writable(parser, options.json)
   try:
     result = measure(options.elements, options.pairs, options.p)
   except jax.errors.JaxRuntimeError as error:

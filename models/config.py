@@ -42,7 +42,8 @@ REMAT_NAMES = (
 
 Rotated queries and keys; what attention makes of values, and its projection;
 the hidden products of SwiGLU and of experts; the router's logits; tokens that
-have travelled to their experts, and back; what the shared expert makes.
+have travelled to their experts, and back; what the shared expert makes, and its
+gate.
 """
 
 

@@ -80,8 +80,11 @@ class Moe(nnx.Module):
       mesh=self.mesh,
     )
     if self.config.d_shared:
-      open_BT1 = jax.nn.sigmoid(product(x_BTD, self.shared_gate[...]))
-      y_BTD += open_BT1 * checkpoint_name(self.shared(x_BTD), 'shared')
+      gate_BT1 = product(x_BTD, self.shared_gate[...])
+      gate_BT1, shared_BTD = checkpoint_name(
+        (gate_BT1, self.shared(x_BTD)), 'shared'
+      )
+      y_BTD += jax.nn.sigmoid(gate_BT1) * shared_BTD
     return y_BTD, sums
 
   def _logits(self, x_BTD):

@@ -43,13 +43,6 @@ def logits(config, params, tokens=TOKENS):
   return logits_fn(config)(params, tokens)
 
 
-def stack(params):
-  """The scanned layout of unrolled parameters."""
-  blocks = [params['layers'][i] for i in range(len(params['layers']))]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
-  return {**params, 'layers': {0: {0: stacked}}}
-
-
 # A second implementation, in float64: loops over sequences, heads, positions.
 
 
@@ -131,32 +124,6 @@ def test_sequences_do_not_see_each_other():
   _, params = split(BASE)
   alone = logits(BASE, params, TOKENS[1:])
   np.testing.assert_allclose(logits(BASE, params)[1:], alone, atol=1e-5)
-
-
-def test_scanned_layers_equal_unrolled_ones():
-  config = VARIANTS['grouped']
-  scanned = dataclasses.replace(config, scan_layers=True)
-  _, params = split(config)
-  _, stacked = split(scanned)
-  jax.tree.map(np.testing.assert_array_equal, stack(params), stacked)
-  assert stacked['layers'][0][0]['mlp']['up'].shape == (2, 16, 24)
-
-  def loss_and_grads(config, params):
-    def loss(params):
-      return jnp.mean(jnp.square(logits(config, params)))
-
-    return jax.jit(jax.value_and_grad(loss))(params)
-
-  loss, grads = loss_and_grads(config, params)
-  scanned_loss, scanned_grads = loss_and_grads(scanned, stacked)
-  np.testing.assert_allclose(loss, scanned_loss, rtol=1e-6)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max())
-    ),
-    stack(grads),
-    scanned_grads,
-  )
 
 
 @pytest.mark.parametrize('scan', [False, True])
