@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, D model width.
 """
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,9 +25,9 @@ class Block(nnx.Module):
     self.mlp = SwiGLU(c.d_model, c.d_ff, c.init_std, rngs=rngs, mesh=mesh)
 
   def __call__(self, x_BTD, angles, segments_BT, mask_BT):
-    del mask_BT  # Only routers count tokens.
     x_BTD += self.attention(self.attention_norm(x_BTD), angles, segments_BT)
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), None
+    y_BTD, sums = self.feed_forward(self.mlp_norm(x_BTD), mask_BT)
+    return x_BTD + y_BTD, sums
 
   def decode(self, x_BTD, angles, cache, layer):
     """As `__call__`, behind the tokens of a cache; see `Attention.decode`."""
@@ -34,7 +35,14 @@ class Block(nnx.Module):
       self.attention_norm(x_BTD), angles, cache, layer
     )
     x_BTD += y_BTD
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+    everything_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
+    y_BTD, _ = self.feed_forward(self.mlp_norm(x_BTD), everything_BT)
+    return x_BTD + y_BTD, cache
+
+  def feed_forward(self, x_BTD, mask_BT):
+    """What follows attention, and a router's sums, if there is one."""
+    del mask_BT  # Only routers count tokens.
+    return self.mlp(x_BTD), None
 
 
 class Llama(Decoder):

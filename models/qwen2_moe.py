@@ -3,7 +3,6 @@
 Shape suffixes: B batch, T tokens, D model width.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -14,8 +13,8 @@ from models.llama import Block
 from models.moe import Moe
 
 
-class SparseBlock(nnx.Module):
-  """One decoder block with experts."""
+class SparseBlock(Block):
+  """One decoder block with experts in the place of its SwiGLU layer."""
 
   def __init__(
     self, config: Qwen2MoeConfig, *, rngs: nnx.Rngs, mesh: Mesh | None
@@ -26,20 +25,9 @@ class SparseBlock(nnx.Module):
     self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
     self.moe = Moe(c, rngs=rngs, mesh=mesh)
 
-  def __call__(self, x_BTD, angles, segments_BT, mask_BT):
-    x_BTD += self.attention(self.attention_norm(x_BTD), angles, segments_BT)
-    y_BTD, sums = self.moe(self.mlp_norm(x_BTD), mask_BT)
-    return x_BTD + y_BTD, sums
-
-  def decode(self, x_BTD, angles, cache, layer):
-    """As `__call__`, behind the tokens of a cache; see `Attention.decode`."""
-    y_BTD, cache = self.attention.decode(
-      self.attention_norm(x_BTD), angles, cache, layer
-    )
-    x_BTD += y_BTD
-    everything = jnp.ones(x_BTD.shape[:2], jnp.float32)
-    y_BTD, _ = self.moe(self.mlp_norm(x_BTD), everything)
-    return x_BTD + y_BTD, cache
+  def feed_forward(self, x_BTD, mask_BT):
+    """The experts, and what the router did."""
+    return self.moe(x_BTD, mask_BT)
 
 
 class Qwen2Moe(Decoder):
