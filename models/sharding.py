@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import DecoderConfig, Qwen2MoeConfig
@@ -48,13 +49,17 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
   """A mesh over all four axes.
 
+  Several slices of TPUs are joined along 'data', whose collectives are the
+  fewest; the other axes stay inside of a slice.
+
   Args:
     devices: Their sequence; all of the default backend's if left out.
     **sizes: Of the axes by name; 1 if left out. Their product is the number
       of devices.
 
   Raises:
-    ValueError: an axis is unknown, or the sizes do not fit the devices.
+    ValueError: an axis is unknown, the sizes do not fit the devices, or 'data'
+      is no multiple of the slices.
   """
   if unknown := sorted(set(sizes) - set(AXES)):
     raise ValueError(f'mesh.{unknown[0]}: the axes are {", ".join(AXES)}')
@@ -67,7 +72,18 @@ def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
     )
   devices = list(array.ravel())
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  copies, *inner = shape
+  if copies % slices:
+    raise ValueError(
+      f'mesh.data ({copies}) must be a multiple of the {slices} slices'
+    )
+  joined = mesh_utils.create_hybrid_device_mesh(
+    [copies // slices, *inner], [slices, 1, 1, 1], devices
+  )
+  return Mesh(joined, AXES, axis_types=types)
 
 
 def platform(mesh: Mesh | None) -> str:

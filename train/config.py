@@ -40,6 +40,8 @@ class DataConfig:
   """Share of documents, chosen by a hash of their text, held out."""
   validation_tokens: int = 65536
   """At most this many held-out tokens are scored at each evaluation."""
+  repeat: bool = True
+  """Whether training may read the text more than once."""
 
   def __post_init__(self):
     """Checks the range of each field.
@@ -130,6 +132,35 @@ def _require(config, name, holds, wanted):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the devices share the work: the sizes of the mesh's axes.
+
+  Their product is the number of devices. `models/sharding.py` says what each
+  axis splits.
+  """
+
+  data: int = 0
+  """Copies of the parameters, each with a part of the batch; the only axis
+  between slices. 0: as many as the other axes leave."""
+  fsdp: int = 1
+  """Parameters, their moments and the batch are split so many ways."""
+  tensor: int = 1
+  """Heads, hidden widths and the vocabulary are split so many ways."""
+  expert: int = 1
+  """Experts, other parameters and the batch are split so many ways."""
+
+  def __post_init__(self):
+    """Checks the range of each field.
+
+    Raises:
+      UserError: naming the option that is out of range.
+    """
+    _require_least(self, 'mesh.', 'data', 0)
+    for name in ('fsdp', 'tensor', 'expert'):
+      _require_least(self, 'mesh.', name, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run."""
 
@@ -141,6 +172,11 @@ class Config:
     default_factory=OptimizerConfig
   )
   """The optimizer and its schedule."""
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  """The devices."""
+  accumulate: int = 1
+  """Micro-batches that a step's batch is taken in, one after the other: less
+  memory, the same gradient."""
   steps: int = 10000
   """Optimizer steps; the schedule depends on it."""
   seed: int = 0
@@ -156,11 +192,16 @@ class Config:
     Raises:
       UserError: naming the option to change.
     """
-    for name in ('steps', 'eval_every', 'save_every'):
+    for name in ('steps', 'eval_every', 'save_every', 'accumulate'):
       _require_least(self, '', name, 1)
     _require_least(self, '', 'seed', 0)
     if self.seed >= 2**32:
       raise errors.UserError(f'--seed must be below 2**32, not {self.seed}')
+    if self.data.batch_size % self.accumulate:
+      raise errors.UserError(
+        f'--accumulate ({self.accumulate}) must divide --data.batch_size '
+        f'({self.data.batch_size})'
+      )
     if self.optimizer.warmup_steps >= self.steps:
       raise errors.UserError(
         f'--optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be '

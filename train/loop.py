@@ -18,9 +18,9 @@ from train.checkpoint import Checkpoints, abstract
 from train.config import Config
 from train.digest import params_digest
 from train.errors import UserError
-from train.mesh import batch_sharding, make_mesh, replicated
+from train.mesh import batch_sharding, check, make_mesh
 from train.monitor import Display
-from train.optimizer import make_optimizer, schedule
+from train.optimizer import schedule
 from train.run_dir import RunDir
 
 _logger = logging.getLogger('train')
@@ -104,10 +104,10 @@ def run(
   Raises:
     UserError: the input is at fault, or the disk is full.
   """
-  mesh = make_mesh(config.data.batch_size)
+  mesh = make_mesh(config.mesh)
+  check(config, mesh)
   dataset = data.load(config.data)
   config = resolve(config, dataset)
-  optimizer = make_optimizer(config)
   directory = RunDir(
     run_dir, config, dataset.source_hash, dataset.tokenizer.to_json()
   )
@@ -117,7 +117,7 @@ def run(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
     )
   with Interrupt() as interrupt:
-    parts = config, optimizer, directory, dataset, mesh, name, stop_at
+    parts = config, directory, dataset, mesh, name, stop_at
     result = _Run(*parts, interrupt)()
     return dataclasses.replace(result, interrupted=bool(interrupt.received))
 
@@ -126,7 +126,7 @@ class _Run:
   """The parts of a run that is under way."""
 
   def __init__(
-    self, config, optimizer, directory, dataset, mesh, name, stop_at, interrupt
+    self, config, directory, dataset, mesh, name, stop_at, interrupt
   ):
     self.config = config
     self.directory = directory
@@ -138,18 +138,10 @@ class _Run:
         jnp.arange(config.steps)
       )
     )
-    make_state, graph = step_lib.init(config, optimizer, mesh)
-    whole = replicated(mesh)
+    programs = step_lib.programs(config, mesh)
+    self.train_step, self.eval_step = programs.train_step, programs.eval_step
     self.put = functools.partial(jax.device_put, device=batch_sharding(mesh))
-    self.state = jax.jit(make_state, out_shardings=whole)()
-    self.train_step = jax.jit(
-      functools.partial(step_lib.train_step, graph, optimizer),
-      donate_argnums=0,
-      out_shardings=whole,
-    )
-    self.eval_step = jax.jit(
-      functools.partial(step_lib.eval_step, graph), out_shardings=whole
-    )
+    self.state = programs.init()
     self.batches = dataset.train(config.seed)
     self.held_out = [self.put(batch) for batch in dataset.validation()]
     self.checkpoints = Checkpoints(directory.checkpoints)

@@ -3,6 +3,10 @@
 `docs/order.md` has the reasons for the order and the measurements.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 import optax
 
 from gradpower_optax import sign_power
@@ -37,11 +41,25 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+class Optimizer(NamedTuple):
+  """An optax transform that also tells what it measured on its way."""
+
+  init: Callable[[Any], optax.OptState]
+  """Parameters to the state of the chain."""
+  update: Callable[
+    [Any, optax.OptState, Any],
+    tuple[Any, optax.OptState, dict[str, jax.Array]],
+  ]
+  """(gradients, state, parameters) to updates, state, and float32 scalars:
+  global norms 'grad_norm' before clipping, 'clipped_norm' after it and
+  'powered_norm' after the power."""
+
+
+def make_optimizer(config: Config) -> Optimizer:
   """Returns the chain; its gradients are means over the global batch."""
   c = config.optimizer
   clip = (optax.clip_by_global_norm(c.clip_norm),) if c.clip_norm else ()
-  return optax.chain(
+  chain = optax.chain(
     *clip,
     sign_power(c.power, eps=c.power_eps),
     optax.adamw(
@@ -52,3 +70,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
       weight_decay=c.weight_decay,
     ),
   )
+
+  def update(grads, state, params):
+    updates, state = chain.update(grads, state, params)
+    return updates, state, {'grad_norm': optax.tree.norm(grads)}
+
+  return Optimizer(chain.init, update)
