@@ -144,15 +144,15 @@ def _on_shards(mesh: Mesh | None, local, q_BTNH, *rest):
   """
   if mesh is None:
     return local(q_BTNH, *rest)
-  ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-  batch = 'batch' if q_BTNH.shape[0] % ways == 0 else None
+  divided = sharding.divides(mesh, q_BTNH.shape[0], 'batch')
+  batch = 'batch' if divided else None
   heads = sharding.spec(batch, 'length', 'heads', 'head_dim')
   tokens = sharding.spec(batch, 'length')
   by_rank = {4: heads, 2: tokens, 0: PartitionSpec()}
   arrays = q_BTNH, *rest
-  return jax.shard_map(
+  return sharding.island(
     local,
-    mesh=mesh,
+    mesh,
     in_specs=jax.tree.map(lambda x: by_rank[x.ndim], arrays),
     out_specs=heads,
     check_vma=False,  # Pallas kernels do not say over which axes they vary.

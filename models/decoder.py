@@ -72,8 +72,9 @@ class Decoder(nnx.Module):
       raise ValueError('model.vocab_size is 0: set the vocabulary first')
     c = self.config = config
     self.mesh = mesh
+    table = c.vocab_size, c.d_model
     self.embedding = normal_param(
-      rngs, (c.vocab_size, c.d_model), c.init_std, 'vocab', 'embed'
+      rngs, table, c.init_std, 'vocab', 'embed', is_cast=False
     )
     keys = jax.random.split(rngs.params(), c.n_layers)
 
@@ -160,7 +161,7 @@ class Decoder(nnx.Module):
       z_weight=self.config.z_loss,
       mesh=self.mesh,
     )
-    tokens_B = jnp.sum(mask_BT, axis=1)
+    counts = count_targets(weights_BT)
     if router is None:
       empty_LBE = jnp.zeros((0, tokens_BT.shape[0], 0), jnp.float32)
       empty_LB = empty_LBE.sum(axis=-1)
@@ -169,10 +170,8 @@ class Decoder(nnx.Module):
       loss=loss,
       cross_entropy=nll,
       squared_log_z=squared_log_z,
-      weight=jnp.sum(weights_BT),
-      sequences=jnp.sum(tokens_B > 0).astype(jnp.float32),
-      tokens=jnp.sum(tokens_B),
-      balance=moe.balance_loss(router, tokens_B),
+      **counts,
+      balance=moe.balance_loss(router, jnp.sum(mask_BT, axis=1)),
       router_squared_log_z=moe.z_loss(router),
       expert_choices_LE=jnp.sum(router.chosen_BE, axis=1),
       router_entropy_L=jnp.sum(router.entropy_B, axis=1),
@@ -305,6 +304,23 @@ class Decoder(nnx.Module):
       x_BTD, self._head(x_BTD.dtype), preferred_element_type=jnp.float32
     )
     return constrain(logits_BTV, self.mesh, 'batch', 'length', 'vocab')
+
+
+def count_targets(weights_BT: jax.Array) -> dict[str, jax.Array]:
+  """What the losses of a batch are divided by, from its weights alone.
+
+  Args:
+    weights_BT: As in `Decoder.loss_sums`.
+
+  Returns:
+    'weight', 'sequences' and 'tokens' of `LossSums`.
+  """
+  tokens_B = jnp.sum((weights_BT != 0).astype(jnp.float32), axis=1)
+  return {
+    'weight': jnp.sum(weights_BT),
+    'sequences': jnp.sum(tokens_B > 0).astype(jnp.float32),
+    'tokens': jnp.sum(tokens_B),
+  }
 
 
 def total_loss(sums: LossSums, config: DecoderConfig) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from models import exchange
 from models.grouped import grouped_matmul
-from models.sharding import RULES, divides, platform, spec
+from models.sharding import RULES, divides, island, platform, spec
 
 
 # Outside of jit it is compiled once, not at every call; inside it is inlined.
@@ -67,9 +67,9 @@ def experts(
 
   # Each rank of 'tensor' has a part of the sum. Summed out here, its gradient
   # is a copy; a psum inside would be summed again on the way back.
-  parts_PBTD = jax.shard_map(
+  parts_PBTD = island(
     body,
-    mesh=mesh,
+    mesh,
     in_specs=(tokens, tokens, tokens, wide, wide, narrow),
     out_specs=PartitionSpec('tensor', *tokens),
     check_vma=False,  # A Pallas kernel does not say over what it varies.

@@ -5,6 +5,7 @@ width, N query heads, K key and value heads, H head width, R half of H, L
 layers.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,26 +17,79 @@ from jax.sharding import Mesh
 
 from models.attention import attend, attend_cached
 from models.config import DecoderConfig, RopeScaling
-from models.sharding import constrain, param
+from models.sharding import axes_of, constrain, param
 
 
 def normal_param(
-  rngs: nnx.Rngs, shape: tuple[int, ...], std: float, *names: str
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  std: float,
+  *names: str,
+  is_cast: bool = True,
 ) -> nnx.Param:
-  """A float32 parameter drawn from normal(0, std), its axes named."""
+  """A float32 parameter drawn from normal(0, std); see `sharding.param`."""
   value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-  return param(value, *names)
+  return param(value, *names, is_cast=is_cast)
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(
+  x: jax.Array, weight: jax.Array, mesh: Mesh | None, *names: str
+) -> jax.Array:
   """Contracts the last axis of `x` with the first of `weight`, in x's dtype.
 
-  As one product of two matrices: on a CPU the gradient of a batched one is
-  slower, up to twice.
+  A weight that is split along the model width is gathered first, forwards and
+  backwards, and its gradient reduced to the part of each device. Left to
+  itself the compiler for TPUs sends the parts around in the product's loop:
+  with many devices they are thin, and the sum is rounded after each.
+
+  Args:
+    x: Activations.
+    weight: A parameter, cast here unless it was.
+    mesh: Where.
+    *names: The weight's logical axes.
   """
+  weight = weight.astype(x.dtype)
+  if mesh is None or not axes_of('embed', mesh) or 'embed' not in names:
+    return _plain_product(x, weight)
+  return _gathered_product(x, weight, mesh, names)
+
+
+def _plain_product(x, weight):
+  # As one product of two matrices: on a CPU the gradient of a batched one is
+  # slower, up to twice.
   x_MD = x.reshape(-1, x.shape[-1])
-  weight_DF = weight.astype(x.dtype).reshape(weight.shape[0], -1)
+  weight_DF = weight.reshape(weight.shape[0], -1)
   return (x_MD @ weight_DF).reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gathered_product(x, weight, mesh, names):
+  return _plain_product(x, _whole(weight, mesh, names))
+
+
+def _gathered_product_forward(x, weight, mesh, names):
+  return _gathered_product(x, weight, mesh, names), (x, weight)
+
+
+def _gathered_product_backward(mesh, names, saved, dy):
+  x, weight = saved
+  _, pull = jax.vjp(_plain_product, x, _whole(weight, mesh, names))
+  dx, dweight = pull(dy)
+  return dx, _whole(dweight, mesh, names, back=True)
+
+
+_gathered_product.defvjp(_gathered_product_forward, _gathered_product_backward)
+
+
+def _whole(weight, mesh, names, back=False):
+  """A weight, gathered from the devices that split the model width.
+
+  With `back` its gradient: computed whole, then reduced to each device's part.
+  """
+  whole = ['width' if name == 'embed' else name for name in names]
+  for axes in (whole, names) if back else (names, whole):
+    weight = constrain(weight, mesh, *axes)
+  return weight
 
 
 class RMSNorm(nnx.Module):
@@ -159,7 +213,8 @@ class Attention(nnx.Module):
 
   def _project(self, x_BTD, angles):
     def project(weight, bias, heads, name):
-      y = product(x_BTD, weight[...])
+      of_weight = 'embed', heads, 'head_dim'
+      y = product(x_BTD, weight[...], self.mesh, *of_weight)
       if bias is not None:  # In float32, as the sum that is its gradient.
         y = (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
       y = constrain(y, self.mesh, 'batch', 'length', heads, 'head_dim')
@@ -181,7 +236,8 @@ class Attention(nnx.Module):
   def _merge(self, y_BTNH):
     batch, length, heads, width = y_BTNH.shape
     out = self.out[...].reshape(heads * width, -1)
-    y_BTD = product(y_BTNH.reshape(batch, length, heads * width), out)
+    y_BTM = y_BTNH.reshape(batch, length, heads * width)
+    y_BTD = product(y_BTM, out, self.mesh, 'heads', 'embed')
     return checkpoint_name(y_BTD, 'out')
 
 
@@ -204,9 +260,9 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BTD):
     def project(weight, name):
-      y_BTF = product(x_BTD, weight[...])
+      y_BTF = product(x_BTD, weight[...], self.mesh, 'embed', 'mlp')
       y_BTF = constrain(y_BTF, self.mesh, 'batch', 'length', 'mlp')
       return checkpoint_name(y_BTF, name)
 
     h_BTF = jax.nn.silu(project(self.gate, 'gate')) * project(self.up, 'up')
-    return product(h_BTF, self.down[...])
+    return product(h_BTF, self.down[...], self.mesh, 'mlp', 'embed')

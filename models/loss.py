@@ -6,6 +6,7 @@ sequences in a row, or those of one chunk.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,19 +122,32 @@ def _sums_backward(z_weight, mesh, chunk_tokens, grads, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
+class _Axes(NamedTuple):
+  """Mesh axes that split the arrays' axes."""
+
+  batch: tuple[str, ...]
+  embed: tuple[str, ...]
+  vocab: tuple[str, ...]
+
+
 def _run(z_weight, mesh, chunk_tokens, with_grads, *arrays):
   """The sums, and the loss's gradients of x, head and weights."""
+  axes = _Axes((), (), ())
+  if mesh is not None:
+    axes = _Axes(
+      *(sharding.axes_of(name, mesh) for name in ('batch', 'embed', 'vocab'))
+    )
   local = functools.partial(
-    _run_local, z_weight, mesh, chunk_tokens, with_grads
+    _run_local, z_weight, axes, chunk_tokens, with_grads
   )
   if mesh is None:
     return local(*arrays)
-  x_spec = sharding.spec('batch', 'length', 'width')
-  head_spec = sharding.spec('embed', 'vocab')
-  token_spec = sharding.spec('batch', 'length')
-  return jax.shard_map(
+  x_spec = sharding.spec('batch', 'length', 'width', mesh=mesh)
+  head_spec = sharding.spec('embed', 'vocab', mesh=mesh)
+  token_spec = sharding.spec('batch', 'length', mesh=mesh)
+  return sharding.island(
     local,
-    mesh=mesh,
+    mesh,
     in_specs=(x_spec, head_spec, token_spec, token_spec),
     out_specs=(
       (PartitionSpec(),) * 3,
@@ -143,18 +157,13 @@ def _run(z_weight, mesh, chunk_tokens, with_grads, *arrays):
 
 
 def _run_local(
-  z_weight, mesh, chunk_tokens, with_grads, x_BTD, head_DV, *tokens_BT
+  z_weight, axes, chunk_tokens, with_grads, x_BTD, head_DV, *tokens_BT
 ):
-  """`_run` on one device: collectives over no axes do nothing."""
-  every, batch, embed, vocab = (
-    () if mesh is None else axes
-    for axes in (
-      sharding.AXES,
-      *(sharding.RULES[name] for name in ('batch', 'embed', 'vocab')),
-    )
-  )
-  head_DV = lax.all_gather(head_DV, embed, axis=0, tiled=True)
-  first_id = lax.axis_index(vocab) * head_DV.shape[1]  # Of this part.
+  """`_run` on one device."""
+  batch, embed, vocab = axes
+  head_DV = _over(embed, lax.all_gather, head_DV, axis=0, tiled=True)
+  part = lax.axis_index(vocab) if vocab else 0
+  first_id = part * head_DV.shape[1]
 
   def chunk(dhead_DV, arrays):
     x_MD, targets_M, weights_M = arrays
@@ -168,14 +177,14 @@ def _run_local(
     dlogits_MV = dlse_M[:, None] * softmax_MV
     dlogits_MV -= jnp.where(is_target_MV, weights_M[:, None], 0)
     dlogits_MV = dlogits_MV.astype(x_MD.dtype)
-    dx_MD = lax.psum(_product('mv,dv->md', dlogits_MV, head_DV), vocab)
+    dx_MD = _over(vocab, lax.psum, _product('mv,dv->md', dlogits_MV, head_DV))
     dhead_DV += _product('md,mv->dv', x_MD, dlogits_MV)
     return dhead_DV, (nll_M, lse_M, dx_MD.astype(x_MD.dtype))
 
   dhead_DV = None
   if with_grads:
     dhead_DV = jnp.zeros(head_DV.shape, jnp.float32)
-    dhead_DV = lax.pcast(dhead_DV, every, to='varying')
+    dhead_DV = _over((*batch, *vocab), lax.pcast, dhead_DV, to='varying')
   dhead_DV, (nll_BT, lse_BT, dx_BTD) = _scan_tokens(
     chunk, dhead_DV, (x_BTD, *tokens_BT), chunk_tokens
   )
@@ -183,28 +192,35 @@ def _run_local(
   loss_BT = nll_BT + z_weight * squares_BT
   _, weights_BT = tokens_BT
   sums = tuple(
-    lax.psum(jnp.sum(weights_BT * a_BT), batch)
+    _over(batch, lax.psum, jnp.sum(weights_BT * a_BT))
     for a_BT in (loss_BT, nll_BT, squares_BT)
   )
   if not with_grads:
     return sums, None
-  dhead_DV = lax.psum_scatter(dhead_DV, embed, scatter_dimension=0, tiled=True)
+  dhead_DV = _over(
+    embed, lax.psum_scatter, dhead_DV, scatter_dimension=0, tiled=True
+  )
   copies = tuple(axis for axis in batch if axis not in embed)
-  dhead_DV = lax.psum(dhead_DV, copies)
+  dhead_DV = _over(copies, lax.psum, dhead_DV)
   return sums, (dx_BTD, dhead_DV, loss_BT)
+
+
+def _over(axes, collective, x, **options):
+  """A collective over mesh axes, of which there may be none."""
+  return collective(x, axes, **options) if axes else x
 
 
 def _losses(x_MD, head_DV, ids_M, axes):
   """Negative log-likelihoods, log-normalisers, this part's logits."""
   vocab = head_DV.shape[1]
   logits_MV = _product('md,dv->mv', x_MD, head_DV)
-  peak_M = lax.pmax(jnp.max(logits_MV, axis=-1), axes)
+  peak_M = _over(axes, lax.pmax, jnp.max(logits_MV, axis=-1))
   total_M = jnp.sum(jnp.exp(logits_MV - peak_M[:, None]), axis=-1)
-  lse_M = peak_M + jnp.log(lax.psum(total_M, axes))
+  lse_M = peak_M + jnp.log(_over(axes, lax.psum, total_M))
   near_M1 = jnp.clip(ids_M, 0, vocab - 1)[:, None]
   target_M = jnp.take_along_axis(logits_MV, near_M1, axis=-1)[:, 0]
   is_here_M = (ids_M >= 0) & (ids_M < vocab)
-  target_M = lax.psum(jnp.where(is_here_M, target_M, 0), axes)
+  target_M = _over(axes, lax.psum, jnp.where(is_here_M, target_M, 0))
   return lse_M - target_M, lse_M, logits_MV
 
 
@@ -287,10 +303,8 @@ def _check(x_BTD, head_DV, targets_BT, weights_BT, mesh):
     ('the width of head', width, 'embed'),
     ('the vocabulary of head', head_DV.shape[1], 'vocab'),
   ):
-    axes = sharding.RULES[logical]
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if size % ways:
+    if not sharding.divides(mesh, size, logical):
       raise ValueError(
-        f'{name} ({size}) must be a multiple of {ways}, the size of the mesh '
-        f'over {" x ".join(axes)}'
+        f'{name} ({size}) must be a multiple of {sharding.ways(mesh, logical)},'
+        f' the size of the mesh over {" x ".join(sharding.axes_of(logical))}'
       )

@@ -46,7 +46,7 @@ class Moe(nnx.Module):
     into = ('experts', 'expert_embed', 'expert_mlp')
     out = ('experts', 'expert_mlp', 'expert_embed')
     self.router = normal_param(
-      rngs, (c.d_model, c.n_experts), std, 'embed', 'router'
+      rngs, (c.d_model, c.n_experts), std, 'embed', 'router', is_cast=False
     )
     self.gate = normal_param(rngs, wide, std, *into)
     self.up = normal_param(rngs, wide, std, *into)
@@ -80,7 +80,9 @@ class Moe(nnx.Module):
       mesh=self.mesh,
     )
     if self.config.d_shared:
-      gate_BT1 = product(x_BTD, self.shared_gate[...])
+      gate_BT1 = product(
+        x_BTD, self.shared_gate[...], self.mesh, 'embed', 'router'
+      )
       gate_BT1, shared_BTD = checkpoint_name(
         (gate_BT1, self.shared(x_BTD)), 'shared'
       )

@@ -7,6 +7,7 @@ lies between the constraints, and kernels that it cannot are islands of
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,9 +101,61 @@ def platform(mesh: Mesh | None) -> str:
   return {'cuda': 'gpu', 'gpu': 'gpu', 'tpu': 'tpu'}.get(found, 'cpu')
 
 
-def spec(*names: str | None) -> PartitionSpec:
+def visible() -> tuple[str, ...]:
+  """The mesh axes that no `jax.shard_map` around this code has taken."""
+  taken = jax.sharding.get_abstract_mesh().manual_axes
+  return tuple(axis for axis in AXES if axis not in taken)
+
+
+def axes_of(name: str, mesh: Mesh | None = None) -> tuple[str, ...]:
+  """The visible mesh axes that split a logical axis.
+
+  Args:
+    name: A key of `RULES`.
+    mesh: Leaves out its axes of one device, over which a collective would only
+      copy.
+  """
+  return tuple(
+    axis
+    for axis in RULES[name]
+    if axis in visible() and (mesh is None or mesh.shape[axis] > 1)
+  )
+
+
+def ways(mesh: Mesh, name: str) -> int:
+  """How many parts the visible mesh axes split a logical axis into."""
+  return math.prod(mesh.shape[axis] for axis in axes_of(name))
+
+
+def spec(*names: str | None, mesh: Mesh | None = None) -> PartitionSpec:
   """The mesh axes that split an array, from the meaning of its axes."""
-  return PartitionSpec(*(RULES[name] if name else () for name in names))
+  axes = (axes_of(name, mesh) if name else () for name in names)
+  return PartitionSpec(*axes)
+
+
+def island(
+  function: Callable[..., Any],
+  mesh: Mesh,
+  *,
+  in_specs: Any,
+  out_specs: Any,
+  check_vma: bool = True,
+) -> Callable[..., Any]:
+  """`jax.shard_map` over all visible axes."""
+  return jax.shard_map(
+    function,
+    mesh=_seen(mesh),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names=set(visible()),
+    check_vma=check_vma,
+  )
+
+
+def _seen(mesh: Mesh) -> Any:
+  """A mesh as it is called inside of a `jax.shard_map` over some axes."""
+  here = jax.sharding.get_abstract_mesh()
+  return here if here.manual_axes else mesh
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
@@ -114,19 +167,27 @@ def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
     return x
   if names[0] == 'batch' and not divides(mesh, x.shape[0], 'batch'):
     names = (None, *names[1:])
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*names)))
+  place = NamedSharding(_seen(mesh), spec(*names))
+  return jax.lax.with_sharding_constraint(x, place)
 
 
 def divides(mesh: Mesh, size: int, name: str) -> bool:
-  """Whether the mesh axes of a logical axis divide its size."""
-  return size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0
+  """Whether the visible mesh axes of a logical axis divide its size."""
+  return size % ways(mesh, name) == 0
 
 
-def param(value: jax.Array, *names: str) -> nnx.Param:
-  """A parameter that knows the meaning of its axes."""
+def param(value: jax.Array, *names: str, is_cast: bool = False) -> nnx.Param:
+  """A parameter that knows the meaning of its axes.
+
+  Args:
+    value: float32.
+    *names: Keys of `RULES`.
+    is_cast: Whether all that reads it casts it to the dtype of activations
+      first.
+  """
   if value.ndim != len(names):
     raise ValueError(f'{value.ndim} axes have the names {names}')
-  return nnx.Param(value, logical_axes=names)
+  return nnx.Param(value, logical_axes=names, is_cast=is_cast)
 
 
 def pinned(module: nnx.Module, mesh: Mesh | None) -> nnx.Module:
@@ -159,7 +220,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> Any:
   def place(variable: nnx.Param) -> NamedSharding:
     names = variable.get_metadata('logical_axes')
     stacked = ('layers',) * (len(variable.shape) - len(names))
-    return NamedSharding(mesh, spec(*stacked, *names))
+    return NamedSharding(_seen(mesh), spec(*stacked, *names))
 
   state = nnx.state(model, nnx.Param)
   placed = jax.tree.map(
@@ -176,12 +237,10 @@ def check(config: DecoderConfig, mesh: Mesh) -> None:
   """
 
   def require(field: str, size: int, logical: str) -> None:
-    axes = RULES[logical]
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if size % ways:
+    if not divides(mesh, size, logical):
       raise ValueError(
-        f'model.{field} ({size}) must be a multiple of {ways}, the size of '
-        f'the mesh over {" x ".join(axes)}'
+        f'model.{field} ({size}) must be a multiple of {ways(mesh, logical)}, '
+        f'the size of the mesh over {" x ".join(axes_of(logical))}'
       )
 
   require('d_model', config.d_model, 'embed')

@@ -10,10 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from models import families, sharding
-from models.decoder import Decoder, LossSums, mean_losses, total_loss
+from models import families, precision, sharding
+from models.decoder import (
+  Decoder,
+  LossSums,
+  count_targets,
+  mean_losses,
+  total_loss,
+)  # fmt: skip
 from train.config import Config
 from train.mesh import batch_sharding, check, replicated
 from train.optimizer import Optimizer, make_optimizer
@@ -166,17 +172,82 @@ def train_step(
 
 
 def _gradients(graph, mesh, accumulate, params, batch):
-  """Gradients of the mean loss of a batch, and the losses."""
-  del mesh, accumulate
+  """Gradients of the mean loss of a batch, and the losses.
 
-  def loss_fn(params):
-    model = nnx.merge(graph, params)
-    sums = _loss_sums(model, batch)
-    return total_loss(sums, model.config), mean_losses(sums, model.config)
+  Each micro-batch's loss is divided by the counts of the whole batch, so that
+  gradients add up to the batch's. Copies of the model along 'data' add up
+  their own in float32 and are reduced once, after the last micro-batch. Along
+  the other axes, where no device holds a whole gradient, each micro-batch's is
+  reduced to the part that a device keeps.
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (_, metrics), grads = grad_fn(params)
-  return grads, metrics
+  A single micro-batch is left to the compiler, which reduces a layer's
+  gradients while it computes those of the layer before.
+  """
+  model = nnx.merge(graph, params)
+  if 'weights' not in batch:
+    ones = jnp.ones_like(batch['tokens'][:, 1:], jnp.float32)
+    batch = {**batch, 'weights': ones}
+  counts = count_targets(batch['weights'])
+
+  def loss_fn(params, batch, counts):
+    sums = _loss_sums(nnx.merge(graph, params), batch)
+    return total_loss(sums._replace(**counts), model.config), sums
+
+  def local(params, batch, counts):
+    params = precision.cast(model, params)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+      grads, sums = grad_fn(params, batch, counts)
+      return jax.tree.map(_wide, grads), sums
+
+    def add(totals, batch):
+      new = grad_fn(params, batch, counts)
+      totals = jax.tree.map(lambda total, x: total + x, totals, new)
+      return (place(totals[0]), totals[1]), None
+
+    micro_batches = jax.tree.map(
+      functools.partial(_split_batch, mesh, accumulate), batch
+    )
+    shapes = jax.eval_shape(
+      grad_fn, params, jax.tree.map(lambda x: x[0], micro_batches), counts
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    totals, _ = jax.lax.scan(add, zeros, micro_batches)
+    return totals
+
+  def place(grads):
+    if mesh.size == 1:
+      return grads
+    where = sharding.param_shardings(model, mesh)
+    return jax.lax.with_sharding_constraint(grads, where)
+
+  if accumulate > 1 and mesh.shape['data'] > 1:
+    grads, sums = jax.shard_map(
+      lambda *arrays: jax.lax.psum(local(*arrays), 'data'),
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec('data'), PartitionSpec()),
+      out_specs=PartitionSpec(),
+      axis_names={'data'},
+      check_vma=False,  # Kernels inside do not say over which axes they vary.
+    )(params, batch, counts)
+  else:
+    grads, sums = local(params, batch, counts)
+  return grads, mean_losses(sums, model.config)
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
+
+
+def _split_batch(mesh, count, x_BU):
+  """Rows in `count` micro-batches, (count, B / count, ...).
+
+  Each takes its share of the rows of every device, so that none travels.
+  """
+  ways = sharding.ways(mesh, 'batch')
+  x_DCRU = x_BU.reshape(ways, count, -1, *x_BU.shape[1:])
+  x_CBU = x_DCRU.swapaxes(0, 1).reshape(count, -1, *x_BU.shape[1:])
+  return sharding.constrain(x_CBU, mesh, None, 'batch', 'length')
 
 
 def eval_step(

@@ -358,7 +358,7 @@ def test_head_moves_once_whatever_the_chunks(sizes):
   head = f'f32[16,{24 // mesh.shape["tensor"]}]'
   assert not any(head in shape for shape, _ in inside), inside
   axes = scanned_axes(traced.jaxpr.jaxpr)
-  assert axes == {'tensor'}
+  assert axes == ({'tensor'} if mesh.shape['tensor'] > 1 else set())
 
 
 X, HEAD = jnp.zeros((2, 3, 4)), jnp.zeros((4, 6))

@@ -11,15 +11,13 @@ from flax import nnx
 from models.config import LlamaConfig
 from models.decoder import total_loss
 from models.llama import Llama
-from models.sharding import AXES
 from train import step as step_lib
-from train.config import Config, DataConfig, OptimizerConfig
-from train.errors import UserError
-from train.mesh import batch_sharding, make_mesh, replicated
+from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from train.mesh import make_mesh
 from train.optimizer import make_optimizer
 
 CONFIG = Config(
-  data=DataConfig(vocab_size=257),
+  data=DataConfig(vocab_size=257, sequence_length=12, batch_size=8),
   model=LlamaConfig(
     vocab_size=257, d_model=16, n_layers=1, n_heads=2, d_ff=32, init_std=0.3
   ),
@@ -32,7 +30,11 @@ CONFIG = Config(
 TOKENS = np.random.default_rng(0).integers(0, 257, (8, 13)).astype(np.int32)
 BATCH = {'tokens': TOKENS}
 OPTIMIZER = make_optimizer(CONFIG)
-MAKE_STATE, GRAPH = step_lib.init(CONFIG, OPTIMIZER)
+ALONE = make_mesh(CONFIG.mesh, jax.devices()[:1])
+MAKE_STATE, GRAPH = step_lib.init(CONFIG, OPTIMIZER, ALONE)
+PURE_STEP = functools.partial(
+  step_lib.train_step, GRAPH, OPTIMIZER, ALONE, 1
+)
 
 
 @functools.cache
@@ -45,7 +47,7 @@ def fresh():
   return jax.tree.map(jnp.copy, initial())
 
 
-TRAIN_STEP = jax.jit(functools.partial(step_lib.train_step, GRAPH, OPTIMIZER))
+TRAIN_STEP = jax.jit(PURE_STEP)
 EVAL_STEP = jax.jit(functools.partial(step_lib.eval_step, GRAPH))
 
 
@@ -95,7 +97,7 @@ def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
       return total / target_BT.size
 
     grads = jax.grad(loss)(params)
-    updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+    updates, opt_state, _ = OPTIMIZER.update(grads, opt_state, params)
     squares = [jnp.sum(g**2) for g in jax.tree.leaves(grads)]
     return optax.apply_updates(params, updates), opt_state, sum(squares) ** 0.5
 
@@ -130,9 +132,7 @@ def assert_near(tree, other, tolerance=1e-4):
 
 def test_the_state_can_be_donated():
   state = fresh()
-  step = jax.jit(
-    functools.partial(step_lib.train_step, GRAPH, OPTIMIZER), donate_argnums=0
-  )
+  step = jax.jit(PURE_STEP, donate_argnums=0)
   after, _ = step(state, BATCH)  # An unusable donation would warn.
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   kept, _ = TRAIN_STEP(fresh(), BATCH)
@@ -170,38 +170,74 @@ def test_a_batch_is_the_mean_of_its_parts():
   assert_near(grads(params, TOKENS), mean, 1e-5)
 
 
-def test_a_batch_on_eight_devices_equals_one_on_one():
-  assert jax.device_count() == 8
-  mesh = make_mesh(8)
-  assert mesh.axis_names == AXES
-  assert mesh.devices.shape == (8, 1, 1, 1)
-  step = jax.jit(
-    functools.partial(step_lib.train_step, GRAPH, OPTIMIZER),
-    donate_argnums=0,
-    out_shardings=replicated(mesh),
-  )
-  state = jax.device_put(fresh(), replicated(mesh))
-  batch = jax.device_put(BATCH, batch_sharding(mesh))
-  shards = batch['tokens'].addressable_shards
-  assert {shard.data.shape for shard in shards} == {(1, 13)}
-  after, metrics = step(state, batch)
+def run_programs(config, devices=None):
+  """The state and metrics after a step of the whole programs."""
+  mesh = make_mesh(config.mesh, devices)
+  programs = step_lib.programs(config, mesh)
+  batch = jax.device_put({'tokens': TOKENS}, programs.batch['tokens'].sharding)
+  return programs.train_step(programs.init(), batch)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2, 4])
+def test_micro_batches_add_up_to_the_batch(accumulate):
+  config = dataclasses.replace(CONFIG, accumulate=accumulate)
+  after, metrics = run_programs(config, jax.devices()[:1])
   alone, alone_metrics = TRAIN_STEP(fresh(), BATCH)
+  assert metrics.keys() == alone_metrics.keys()
   assert_near(metrics, alone_metrics, 1e-5)
   assert_near(after.opt_state, alone.opt_state)
-  embedding = after.params['embedding']
-  assert embedding.sharding.is_fully_replicated
-  first, *rest = (np.asarray(s.data) for s in embedding.addressable_shards)
-  assert len(rest) == 7
-  for other in rest:
-    np.testing.assert_array_equal(first, other)
 
 
-@pytest.mark.parametrize('batch_size', [1, 4, 9])
-def test_devices_must_divide_the_batch(batch_size):
-  with pytest.raises(
-    UserError, match=rf'--data.batch_size \({batch_size}\).*8'
-  ):
-    make_mesh(batch_size)
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_padding_weighs_the_same_in_any_micro_batch(accumulate):
+  # The first micro-batch has one target, the other many.
+  weights = np.zeros((8, 12), np.float32)
+  weights[0, :1] = weights[4:] = 1
+  step = functools.partial(
+    step_lib.train_step, GRAPH, OPTIMIZER, ALONE, accumulate
+  )
+  _, metrics = jax.jit(step)(fresh(), BATCH | {'weights': weights})
+  losses = cross_entropy(logits(), TOKENS[:, 1:])
+  mean = (losses * weights).sum() / weights.sum()
+  assert float(metrics['loss']) == pytest.approx(mean, rel=1e-5)
+
+
+def test_each_array_lies_where_the_mesh_says():
+  config = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, vocab_size=258),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+  )
+  after, _ = run_programs(config)
+  programs = step_lib.programs(config, make_mesh(config.mesh))
+  jax.tree.map(
+    lambda x, wanted: (
+      x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+      or pytest.fail(f'{x.sharding} is not {wanted.sharding}')
+    ),
+    after,
+    programs.state,
+  )
+  (adam,) = [
+    part
+    for part in jax.tree.leaves(
+      after.opt_state, is_leaf=lambda x: hasattr(x, 'mu')
+    )
+    if hasattr(part, 'mu')
+  ]
+  for tree in (after.params, adam.mu, adam.nu):
+    parts = {s.data.shape for s in tree['embedding'].addressable_shards}
+    assert parts == {(129, 8)}  # Vocabulary over tensor, width over fsdp.
+
+
+def test_bfloat16_keeps_float32_masters():
+  model = dataclasses.replace(CONFIG.model, dtype='bfloat16')
+  config = dataclasses.replace(CONFIG, model=model, accumulate=2)
+  after, metrics = run_programs(config, jax.devices()[:1])
+  assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.float32}
+  _, exact = TRAIN_STEP(fresh(), BATCH)
+  assert float(metrics['loss']) == pytest.approx(float(exact['loss']), rel=1e-2)
+  assert float(metrics['loss']) != float(exact['loss'])
 
 
 def test_initial_parameters_depend_on_the_seed_alone():
