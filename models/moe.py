@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D model width, E experts, k experts of a
 token, F hidden width of an expert, L sparse layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from models.config import Qwen2MoeConfig
 from models.experts import experts
 from models.layers import SwiGLU, normal_param, product
-from models.sharding import constrain
+from models.sharding import constrain, divides, island, spec
 
 
 class RouterSums(NamedTuple):
@@ -69,9 +70,7 @@ class Moe(nnx.Module):
       The sum of what the experts made of each token; and what the router did.
     """
     dtype = x_BTD.dtype
-    weights_BTk, chosen_BTk, sums = route(
-      self._logits(x_BTD), mask_BT, self.config
-    )
+    weights_BTk, chosen_BTk, sums = self._route(self._logits(x_BTD), mask_BT)
     y_BTD = experts(
       x_BTD,
       chosen_BTk,
@@ -88,6 +87,21 @@ class Moe(nnx.Module):
       )
       y_BTD += jax.nn.sigmoid(gate_BT1) * shared_BTD
     return y_BTD, sums
+
+  def _route(self, logits_BTE, mask_BT):
+    """`route` by each device for its own tokens.
+
+    The compiler would gather the logits of all for `jax.lax.top_k`.
+    """
+    mesh = self.mesh
+    local = functools.partial(route, config=self.config)
+    if mesh is None or mesh.size == 1:
+      return local(logits_BTE, mask_BT)
+    split = divides(mesh, len(logits_BTE), 'batch')
+    tokens = spec('batch' if split else None, mesh=mesh)
+    return island(
+      local, mesh, in_specs=(tokens, tokens), out_specs=tokens
+    )(logits_BTE, mask_BT)
 
   def _logits(self, x_BTD):
     """In float32 whatever the rest: a choice must not hang on rounding."""

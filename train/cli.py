@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from models import families
+from train import recipes
 from train.config import Config
 from train.errors import UserError
 
@@ -50,6 +51,21 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def config(recipe: str, options: argparse.Namespace) -> Config:
+  """Returns a recipe's config with the options given.
+
+  Raises:
+    UserError: there is no such recipe, or the values do not make a valid
+      config.
+  """
+  base = recipes.get(
+    recipe,
+    corpus=getattr(options, 'data.corpus', None),
+    schedule=getattr(options, 'optimizer.schedule', None),
+  )
+  return with_options(base, options)
+
+
 def with_options(config: Config, options: argparse.Namespace) -> Config:
   """Returns the recipe's config with the options given.
 
@@ -78,6 +94,21 @@ def positive(text: str) -> int:
   if int(text) < 1:
     raise argparse.ArgumentTypeError(f'{text} is not at least 1')
   return int(text)
+
+
+def count(text: str) -> int:
+  """A whole number from 0, for options that are not fields."""
+  if int(text) < 0:
+    raise argparse.ArgumentTypeError(f'{text} is below 0')
+  return int(text)
+
+
+def share(text: str) -> float:
+  """A number above 0 and at most 1, for options that are not fields."""
+  value = _converter(float)(text)
+  if not 0 < value <= 1:
+    raise argparse.ArgumentTypeError(f'{text} is not above 0 and at most 1')
+  return value
 
 
 def path(text: str) -> pathlib.Path:

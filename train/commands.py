@@ -1,14 +1,18 @@
-"""The commands of `python -m train`: each parses its options and calls on."""
+"""The commands of `python -m train`: each parses its options and calls on.
+
+What a command needs is imported when it is called: most need no data.
+"""
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 
-from train import cli, demo, loop, recipes, sample
-from train.report import write_report
+from train import cli, paper, recipe_table, recipes, sample_options
 
 _DONE = 0
+_DOES_NOT_FIT = 1
 _INTERRUPTED = 130
 
 
@@ -36,6 +40,7 @@ def run(prog: str, argv: list[str] | None) -> int:
   _add_report(commands)
   _add_sample(commands)
   _add_recipes(commands)
+  _add_aot(commands)
   options = parser.parse_args(argv)
   return options.call(options)
 
@@ -49,14 +54,18 @@ def _add_demo(commands) -> None:
   parser.add_argument(
     '--run-dir', type=cli.path, default=pathlib.Path('runs/demo')
   )
+  _add_processes(parser)
   cli.add_config_options(parser)
   parser.set_defaults(call=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
-  config = cli.with_options(recipes.get('demo'), options)
-  if demo.run(config, options.run_dir) == 'interrupted':
-    return _interrupted(options.run_dir)
+  from train import demo, distributed
+
+  config = cli.config('demo', options)
+  with distributed.cluster(*_processes(options)):
+    if demo.run(config, options.run_dir) == 'interrupted':
+      return _interrupted(options.run_dir)
   return _DONE
 
 
@@ -71,22 +80,28 @@ def _add_run(commands) -> None:
   parser.add_argument(
     '--stop-at', type=cli.positive, help='save and end after this many steps'
   )
+  _add_processes(parser)
   cli.add_config_options(parser)
   parser.set_defaults(call=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-  config = cli.with_options(recipes.get(options.recipe), options)
-  result = loop.run(
-    config, options.run_dir, name=options.recipe, stop_at=options.stop_at
-  )
+  from train import distributed, loop
+
+  config = cli.config(options.recipe, options)
+  with distributed.cluster(*_processes(options)):
+    result = loop.run(
+      config, options.run_dir, name=options.recipe, stop_at=options.stop_at
+    )
+    if result.status == 'interrupted':
+      return _interrupted(options.run_dir)
+    if not distributed.is_main():
+      return _DONE
   if result.status == 'done':
     print(
       f'done: {result.step} steps, held-out loss '
       f'{result.validation_loss:.4f} nats a token, in {options.run_dir}'
     )
-  if result.status == 'interrupted':
-    return _interrupted(options.run_dir)
   if result.status == 'stopped':
     print(
       f'stopped: {result.step} of {config.steps} steps, saved in '
@@ -94,6 +109,29 @@ def _run(options: argparse.Namespace) -> int:
       'command goes on'
     )
   return _DONE
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group(
+    'several processes',
+    'found where SLURM, Open MPI, GKE or a TPU VM has started them; else tell '
+    'each of them (docs/launch.md)',
+  )
+  group.add_argument(
+    '--coordinator', metavar='HOST:PORT', help='where process 0 listens'
+  )
+  group.add_argument(
+    '--processes', type=cli.positive, metavar='N', help='how many there are'
+  )
+  group.add_argument(
+    '--process', type=cli.count, metavar='I', help='this one, from 0'
+  )
+
+
+def _processes(
+  options: argparse.Namespace,
+) -> tuple[str | None, int | None, int | None]:
+  return options.coordinator, options.processes, options.process
 
 
 def _add_report(commands) -> None:
@@ -111,6 +149,8 @@ def _add_report(commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+  from train.report import write_report
+
   runs = {run.name: run for run in options.runs}
   if len(runs) < len(options.runs):
     runs = {str(run): run for run in options.runs}
@@ -137,7 +177,7 @@ def _add_sample(commands) -> None:
   parser.add_argument(
     '--step', type=cli.positive, help="of the run's checkpoint; default: latest"
   )
-  default = sample.Options()
+  default = sample_options.Options()
   for field, kind, meaning in (
     ('prompt', str, 'what the text begins with; default: nothing'),
     ('tokens', cli.positive, f'at most; default: {default.tokens}'),
@@ -155,27 +195,121 @@ def _add_sample(commands) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
-  names = [field.name for field in dataclasses.fields(sample.Options)]
-  wanted = sample.Options(**{name: getattr(options, name) for name in names})
+  from train import sample
+
+  names = [field.name for field in dataclasses.fields(sample_options.Options)]
+  wanted = sample_options.Options(
+    **{name: getattr(options, name) for name in names}
+  )
   status = sample.run(options.source, wanted, options.step)
   return _INTERRUPTED if status == 'interrupted' else _DONE
 
 
 def _add_recipes(commands) -> None:
-  parser = commands.add_parser('recipes', help='lists the recipes')
+  parser = commands.add_parser(
+    'recipes',
+    help='lists the recipes and what each costs',
+    description='Lists the recipes, with tokens, steps, FLOPs and estimated '
+    'device-hours.',
+  )
+  parser.add_argument(
+    '--data.corpus',
+    dest='corpus',
+    choices=paper.CORPORA,
+    help="of the paper's runs; default: c4",
+  )
+  parser.add_argument(
+    '--device',
+    choices=recipe_table.DEVICES,
+    default='h100',
+    help='whose hours to estimate; default: h100',
+  )
+  parser.add_argument(
+    '--mfu',
+    type=cli.share,
+    help='of its peak, what a run is assumed to reach; default: '
+    f'{recipe_table.DENSE_MFU}, with experts {recipe_table.SPARSE_MFU}',
+  )
   parser.set_defaults(call=_recipes)
 
 
 def _recipes(options: argparse.Namespace) -> int:
-  del options
-  for name, recipe in recipes.RECIPES.items():
-    print(f'{name:<12} {(recipe.__doc__ or "").splitlines()[0]}')
+  configs = {
+    name: recipes.get(name, corpus=options.corpus) for name in recipes.RECIPES
+  }
+  try:
+    print(recipe_table.table(configs, options.device, options.mfu), flush=True)
+  except BrokenPipeError:  # `head` has seen enough.
+    # What is left in the buffer must not fail again on the way out.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return _DONE
 
 
-def _interrupted(run_dir: pathlib.Path) -> int:
-  print(
-    f'interrupted, saved in {run_dir}; the same command goes on from there',
-    file=sys.stderr,
+def _add_aot(commands) -> None:
+  parser = commands.add_parser(
+    'aot',
+    help='compiles a recipe for TPUs that are not there, and predicts',
+    description="Compiles a recipe's train step for a TPU topology, without "
+    'the hardware: memory, collectives, a predicted time. See docs/aot.md.',
   )
+  parser.add_argument('recipe', metavar='RECIPE')
+  parser.add_argument(
+    '--topology',
+    required=True,
+    metavar='NAME',
+    help='generation and shape of a slice: v4, v5e, v5p, v6e or tpu7x, as '
+    'v5p:4x4x2',
+  )
+  parser.add_argument(
+    '--slices',
+    type=cli.positive,
+    default=1,
+    help='such slices, joined along the data axis; default: 1',
+  )
+  parser.add_argument(
+    '--search',
+    action='store_true',
+    help='walks remat policy, batch per device and mesh; prints the best',
+  )
+  parser.add_argument(
+    '--trials',
+    type=cli.positive,
+    default=24,
+    help='compilations of a search, at most; default: 24',
+  )
+  parser.add_argument(
+    '--json', type=cli.path, metavar='FILE', help='writes all figures'
+  )
+  parser.add_argument(
+    '--hlo', type=cli.path, metavar='FILE', help='writes the compiled program'
+  )
+  cli.add_config_options(parser)
+  parser.set_defaults(call=_aot)
+
+
+def _aot(options: argparse.Namespace) -> int:
+  from train.aot import command
+
+  config = cli.config(options.recipe, options)
+  fits = command.run(
+    config,
+    command.Options(
+      topology=options.topology,
+      slices=options.slices,
+      trials=options.trials if options.search else 0,
+      json=options.json,
+      hlo=options.hlo,
+    ),
+  )
+  return _DONE if fits else _DOES_NOT_FIT
+
+
+def _interrupted(run_dir: pathlib.Path) -> int:
+  from train import distributed
+
+  if distributed.is_main():
+    print(
+      f'interrupted, saved in {run_dir}; the same command goes on from there',
+      file=sys.stderr,
+    )
   return _INTERRUPTED

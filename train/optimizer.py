@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from gradpower_optax import sign_power
 from train.config import Config, OptimizerConfig
@@ -56,23 +58,97 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: Config) -> Optimizer:
-  """Returns the chain; its gradients are means over the global batch."""
+  """Returns the chain; its gradients are means over the global batch.
+
+  State and updates are those of `optax.chain`; `_clip_and_power` has what
+  compilers make of it. The norms take no further pass over the gradients, but
+  for a CPU without a clip. They are nan or inf where a gradient is. The last is
+  also 0 or inf where |g|^(2 power) leaves the range of float32, as AdamW's
+  second moment does.
+  """
   c = config.optimizer
   clip = (optax.clip_by_global_norm(c.clip_norm),) if c.clip_norm else ()
-  chain = optax.chain(
-    *clip,
-    sign_power(c.power, eps=c.power_eps),
-    optax.adamw(
-      schedule(c, config.steps),
-      b1=c.b1,
-      b2=c.b2,
-      eps=c.eps,
-      weight_decay=c.weight_decay,
-    ),
+  adamw = optax.adamw(
+    schedule(c, config.steps),
+    b1=c.b1,
+    b2=c.b2,
+    eps=c.eps,
+    weight_decay=c.weight_decay,
   )
+  chain = optax.chain(*clip, sign_power(c.power, eps=c.power_eps), adamw)
 
   def update(grads, state, params):
-    updates, state = chain.update(grads, state, params)
-    return updates, state, {'grad_norm': optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    powered, powered_norm = _clip_and_power(c, grads, norm)
+    *others, of_adamw = state
+    updates, of_adamw = adamw.update(powered, of_adamw, params)
+    norms = {
+      'grad_norm': norm,
+      'clipped_norm': _clip(c, norm, norm),
+      'powered_norm': powered_norm,
+    }
+    return updates, (*others, of_adamw), norms
 
   return Optimizer(chain.init, update)
+
+
+def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:
+  """As `optax.clip_by_global_norm`, of a norm that is known."""
+  if not c.clip_norm:
+    return tree
+
+  def clip(x):
+    scaled = (x / norm.astype(x.dtype)) * c.clip_norm
+    return lax.select(norm < c.clip_norm, x, scaled)
+
+  return jax.tree.map(clip, tree)
+
+
+def _clip_and_power(
+  c: OptimizerConfig, grads: Any, norm: jax.Array
+) -> tuple[Any, jax.Array]:
+  """Clips and takes the power; to the bit what the links of the chain do.
+
+  Args:
+    c: What to do.
+    grads: Of any structure.
+    norm: Theirs.
+
+  Returns:
+    The powered gradients, and their norm.
+  """
+  transform = sign_power(c.power, eps=c.power_eps)
+
+  def power(grads):
+    return transform.update(grads, optax.EmptyState())[0]
+
+  def fused(grads, norm):
+    powered = power(_clip(c, grads, norm))
+    if c.power_eps:
+      return powered, optax.tree.norm(powered)
+    # With f = clipped norm / norm, the norm of (f g)^p is f^p times that of
+    # g^p, which is computed where the norm of g is: one pass over g, and one
+    # reduction over the devices.
+    factor = _clip(c, jnp.ones_like(norm), norm)
+    return powered, factor**c.power * optax.tree.norm(power(grads))
+
+  def branched(grads, norm):
+    # On a CPU, XLA makes a loop of each output of AdamW and of each sum, and
+    # computes the power in every one. It does not fuse across a branch. (AdamW
+    # apart from the power may round the last bit of a moment otherwise.)
+    def measured(grads):
+      powered = power(grads)
+      return powered, optax.tree.norm(powered)
+
+    return lax.cond(
+      norm < c.clip_norm,
+      measured,
+      lambda grads: measured(_clip(c, grads, norm)),
+      grads,
+    )
+
+  if c.power == 1 and not c.power_eps:
+    return _clip(c, grads, norm), _clip(c, norm, norm)
+  if not c.clip_norm:
+    return fused(grads, norm)
+  return lax.platform_dependent(grads, norm, cpu=branched, default=fused)

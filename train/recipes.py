@@ -1,9 +1,16 @@
-"""Named runs: functions that return a config. Copy one to make your own."""
+"""Named runs: functions that return a config. Copy one to make your own.
+
+A recipe may take `corpus` and `schedule`, where other settings depend on them:
+the command line then passes `--data.corpus` and `--optimizer.schedule` to it.
+All other options change a field of what it returns, and nothing else.
+"""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 from models.config import LlamaConfig, Qwen2MoeConfig
+from train import paper
 from train.config import Config, DataConfig, OptimizerConfig
 from train.errors import UserError
 
@@ -38,15 +45,32 @@ def demo_moe() -> Config:
   )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {'demo': demo, 'demo_moe': demo_moe}
+RECIPES: dict[str, Callable[..., Config]] = {
+  'demo': demo,
+  'demo_moe': demo_moe,
+  **paper.RECIPES,
+}
 
 
-def get(name: str) -> Config:
+def get(name: str, **choices: str | None) -> Config:
   """Returns the config of a recipe.
 
+  Args:
+    name: One of `RECIPES`.
+    **choices: What a recipe may take: its corpus, its schedule. It gets those
+      that it takes and that are not None.
+
   Raises:
-    UserError: there is no such recipe.
+    UserError: there is no such recipe, or it refuses a choice.
   """
   if name not in RECIPES:
     raise UserError(f'no recipe {name!r}; there are: {", ".join(RECIPES)}')
-  return RECIPES[name]()
+  recipe = RECIPES[name]
+  taken = inspect.signature(recipe).parameters
+  return recipe(
+    **{
+      choice: value
+      for choice, value in choices.items()
+      if choice in taken and value is not None
+    }
+  )

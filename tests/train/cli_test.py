@@ -39,9 +39,10 @@ CHANGED = {
   'data.text_field': 'body',
   'data.vocab_size': 512,
   'data.sequence_length': 33,
-  'data.batch_size': 3,
+  'data.batch_size': 6,
   'data.validation_fraction': 0.25,
   'data.validation_tokens': 77,
+  'data.repeat': False,
   'optimizer.power': 1.1,
   'optimizer.power_eps': 1e-8,
   'optimizer.learning_rate': 0.1 + 0.2,
@@ -53,6 +54,11 @@ CHANGED = {
   'optimizer.eps': 1e-10,
   'optimizer.weight_decay': 0.0,
   'optimizer.clip_norm': 0.0,
+  'mesh.data': 4,
+  'mesh.fsdp': 2,
+  'mesh.tensor': 3,
+  'mesh.expert': 5,
+  'accumulate': 2,
   'steps': 99,
   'seed': 2**32 - 1,
   'eval_every': 3,
@@ -254,22 +260,50 @@ def test_the_defaults_are_legal():
     config()
 
 
-def test_recipes():
-  assert list(recipes.RECIPES) == ['demo', 'demo_moe']
-  for name, recipe in recipes.RECIPES.items():
-    assert recipes.get(name) == recipe()
-    assert recipe.__doc__
-  demo = recipes.get('demo')
-  assert demo.optimizer.power == 1.2
-  assert demo.optimizer.schedule == 'wsd'
-  assert demo.optimizer.clip_norm == 1.0
-  assert demo.optimizer.weight_decay == 0.1
-  assert (demo.optimizer.b1, demo.optimizer.b2) == (0.9, 0.95)
-  assert demo.tokens_per_step == 16 * 128
-  with pytest.raises(
-    UserError, match="no recipe 'dem'; there are: demo, demo_moe"
-  ):
-    recipes.get('dem')
+def options(*argv):
+  parser = cli.Parser(prog='prog')
+  cli.add_config_options(parser)
+  return parser.parse_args(argv)
+
+
+def test_corpus_and_schedule_decide_what_depends_on_them():
+  given = '--data.corpus=openwebtext', '--optimizer.schedule=cos'
+  config = cli.config('llama_66m', options(*given))
+  assert config == recipes.get('llama_66m', corpus='openwebtext')
+  assert config.data.sequence_length == 1024
+  assert config.optimizer.final_lr_ratio == 0.05
+
+
+def test_other_options_come_after_corpus_and_schedule():
+  config = cli.config(
+    'llama_66m',
+    options('--optimizer.final_lr_ratio=0.2', '--data.corpus=openwebtext',
+            '--data.sequence_length=512', '--optimizer.power=1'),
+  )  # fmt: skip
+  assert config.optimizer.final_lr_ratio == 0.2
+  assert config.optimizer.power == 1
+  assert config.data.sequence_length == 512
+  base = recipes.get('llama_66m', corpus='openwebtext')
+  assert config.steps == base.steps
+  assert config.model == base.model
+
+
+def test_of_a_recipe_that_takes_neither_only_the_field_changes():
+  config = cli.config('demo', options('--optimizer.schedule=cos'))
+  assert flat(config) == flat(recipes.get('demo')) | {
+    'optimizer.schedule': 'cos'
+  }
+  with pytest.raises(UserError, match="no recipe 'dem'"):
+    cli.config('dem', options())
+
+
+@pytest.mark.parametrize('text', ['0', '-0.1', '1.01', 'nan', 'x', ''])
+def test_a_share_is_above_0_and_at_most_1(text):
+  parser = cli.Parser(prog='prog')
+  parser.add_argument('--mfu', type=cli.share)
+  assert parser.parse_args(['--mfu=1']).mfu == 1
+  with pytest.raises(UserError, match=r'--mfu: .*(at most 1|a number|empty)'):
+    parser.parse_args([f'--mfu={text}'])
 
 
 @pytest.mark.parametrize('text', ['0', '-1', 'x', '', '1.5'])

@@ -234,7 +234,8 @@ def test_bfloat16_keeps_float32_masters():
   model = dataclasses.replace(CONFIG.model, dtype='bfloat16')
   config = dataclasses.replace(CONFIG, model=model, accumulate=2)
   after, metrics = run_programs(config, jax.devices()[:1])
-  assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.float32}
+  dtypes = {x.dtype for x in jax.tree.leaves(after.params)}
+  assert dtypes == {jnp.dtype('float32')}
   _, exact = TRAIN_STEP(fresh(), BATCH)
   assert float(metrics['loss']) == pytest.approx(float(exact['loss']), rel=1e-2)
   assert float(metrics['loss']) != float(exact['loss'])

@@ -24,6 +24,10 @@ CORPORA: dict[str, Callable[[pathlib.Path], Documents]] = {
 }
 
 
+# Known to recipes, but not fetched: where a copy might lie.
+_OWN_COPY = {'c4': 'c4/*.json', 'openwebtext': 'openwebtext/*.jsonl'}
+
+
 def open_documents(
   config: config_lib.DataConfig, cache_dir: pathlib.Path
 ) -> Documents:
@@ -34,6 +38,13 @@ def open_documents(
   """
   if config.files:
     return text_files.TextFiles(config.files, config.text_field)
+  if config.corpus in _OWN_COPY:
+    raise errors.UserError(
+      f'--data.corpus {config.corpus} cannot be fetched yet: name your own'
+      f" copy, decompressed, as --data.files '{_OWN_COPY[config.corpus]}' (an"
+      f' object a line, its text under {config.text_field!r}); a vocabulary of'
+      f' {config.vocab_size} tokens is then trained on it'
+    )
   if config.corpus not in CORPORA:
     raise errors.UserError(
       f'--data.corpus: there is no {config.corpus!r}, only'

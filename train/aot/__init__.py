@@ -1,0 +1,1 @@
+"""Compiling a recipe for TPUs that are not there; see `docs/aot.md`."""
