@@ -14,12 +14,10 @@ Without a preset the model is the one that other frameworks were timed on:
 float32, vocabulary 8192, d_model 384, d_ff 1024, 6 layers, 6 heads.
 """
 
-import argparse
 import dataclasses
 import statistics
 import sys
 import time
-import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,32 +27,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks import timing
-from models import accounting, presets, sharding
-from models.config import DecoderConfig, LlamaConfig, Qwen2MoeConfig
+from benchmarks import peaks, shapes, timing
+from models import accounting, families, sharding
+from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.loss import cross_entropy
 from train import step
-from train.config import Config, OptimizerConfig
+from train.config import Config, DataConfig, OptimizerConfig
 from train.optimizer import make_optimizer
-
-DEFAULT = LlamaConfig(
-  vocab_size=8192, d_model=384, n_layers=6, n_heads=6, d_ff=1024
-)
-
-# Operations a second of dense bfloat16 products by `device_kind`, as published.
-PEAKS = {
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H200': 989e12,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-}
 
 WHOLE, LIMIT = 'whole step', 'limit'
 
@@ -65,12 +45,18 @@ class Programs:
   def __init__(self, config: DecoderConfig, batch: int, length: int, side: int):
     run = Config(
       model=config,
+      data=DataConfig(batch_size=batch, sequence_length=length),
       optimizer=OptimizerConfig(power=1.2, schedule='constant'),
     )
     mesh = sharding.make_mesh(jax.devices()[:1])
     self.optimizer = make_optimizer(run)
-    make_state, self.graph = step.init(run, self.optimizer, mesh)
-    self.state = jax.jit(make_state)()
+    self.graph = nnx.graphdef(
+      nnx.eval_shape(
+        lambda: families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
+      )
+    )
+    programs = step.programs(run, mesh)
+    self.state = programs.init()
     # The parts do not see the updates. Parameters do for gradients, too.
     self.params = jax.tree.map(jnp.copy, self.state.params)
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -88,14 +74,15 @@ class Programs:
     for name, part in _parts(config, mesh).items():
       self._add_part(name, part)
     self._add_optimizer()
-    self._add_whole()
+    self._add_whole(programs.train_step)
     product = self._compile(LIMIT, jnp.matmul, (self.square, self.square))
     self.runs[LIMIT] = lambda: product(self.square, self.square)
 
   def _compile(self, name, function, arguments, donate=()):
     start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-    compiled: Any = lowered.compile()
+    if not hasattr(function, 'lower'):
+      function = jax.jit(function, donate_argnums=donate)
+    compiled: Any = function.lower(*arguments).compile()
     self.compile_seconds[name] = time.perf_counter() - start
     memory = compiled.memory_analysis()
     self.temporary_bytes[name] = memory.temp_size_in_bytes
@@ -120,7 +107,7 @@ class Programs:
 
   def _add_optimizer(self):
     def update(params, opt_state, grads):
-      updates, opt_state = self.optimizer.update(grads, opt_state, params)
+      updates, opt_state, _ = self.optimizer.update(grads, opt_state, params)
       return optax.apply_updates(params, updates), opt_state
 
     program = self._compile(
@@ -134,18 +121,12 @@ class Programs:
 
     self.runs['optimizer'] = run
 
-  def _add_whole(self):
-    def whole(state, tokens_BU):
-      return step.train_step(
-        self.graph, self.optimizer, state, {'tokens': tokens_BU}
-      )
-
-    program = self._compile(
-      WHOLE, whole, (self.state, self.tokens_BU), donate=(0,)
-    )
+  def _add_whole(self, train_step):
+    batch = {'tokens': self.tokens_BU}
+    program = self._compile(WHOLE, train_step, (self.state, batch))
 
     def run():
-      self.state, metrics = program(self.state, self.tokens_BU)
+      self.state, metrics = program(self.state, batch)
       return metrics
 
     self.runs[WHOLE] = run
@@ -310,7 +291,7 @@ def measure(
       config, length, causal=True
     ),
   }
-  peak, missing = _peak(facts['platform'], facts['device'], config.dtype)
+  peak, missing = peaks.peak(facts['platform'], facts['device'], config.dtype)
   rate = tokens / step_seconds
   return {
     'benchmark': 'model',
@@ -340,17 +321,6 @@ def measure(
   }
 
 
-def _peak(platform: str, device: str, dtype: str) -> tuple[float | None, str]:
-  """Published bfloat16 operations a second; or None, and why."""
-  if platform == 'cpu':
-    return None, 'a CPU has no published peak'
-  if device not in PEAKS:
-    return None, f'the peak of {device} is not known here'
-  if dtype != 'bfloat16':
-    return None, f'the peak is of bfloat16, the model of {dtype}'
-  return PEAKS[device], ''
-
-
 def format_result(result: dict[str, Any]) -> str:
   """Returns a measurement as text: the machine, a table, and what it means."""
   settings, limit = result['settings'], result['limit']
@@ -365,9 +335,10 @@ def format_result(result: dict[str, Any]) -> str:
   if result['mfu'] is None:
     mfu = f'MFU: left out, {result["mfu_missing"]}.'
   else:
+    peak = peaks.PEAKS[result['machine']['device']]
     mfu = (
       f'MFU {100 * result["mfu"]:.1f} %: FLOPs a token x tokens a second / '
-      f"the device's published {PEAKS[result['machine']['device']]:.3g} in "
+      f"the device's published {peak:.3g} in "
       f'bfloat16; {100 * result["mfu_causal"]:.1f} % with half the scores.'
     )
   return '\n'.join((
@@ -416,10 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     description="Times a training step's parts against a matrix product.",
     allow_abbrev=False,
   )
-  parser.add_argument(
-    '--preset', choices=presets.PRESETS, metavar='NAME',
-    help='see python -m models',
-  )  # fmt: skip
+  shapes.add_options(parser)
   parser.add_argument('--batch', type=timing.positive, default=8)
   parser.add_argument('--length', type=timing.positive, default=256)
   parser.add_argument('--rounds', type=timing.positive, default=10)
@@ -428,16 +396,8 @@ def main(argv: list[str] | None = None) -> None:
     help='of the square product; 2048 on a CPU, else 8192',
   )  # fmt: skip
   parser.add_argument('--json', metavar='FILE', help='write the result here')
-  for name, kind in typing.get_type_hints(Qwen2MoeConfig).items():
-    if kind in (int, float, str, bool):
-      parser.add_argument(
-        f'--model.{name}',
-        type=_boolean if kind is bool else kind,
-        metavar='true|false' if kind is bool else kind.__name__,
-        help=argparse.SUPPRESS,
-      )
   options = parser.parse_args(argv)
-  config = _config(parser, options)
+  config = shapes.from_options(parser, options)
   side = options.side or (2048 if jax.default_backend() == 'cpu' else 8192)
   if options.json:
     timing.check_writable(parser, options.json)
@@ -453,31 +413,6 @@ def main(argv: list[str] | None = None) -> None:
   if options.json:
     timing.write_json(options.json, result)
     print(f'written to {options.json}', file=sys.stderr)
-
-
-def _config(parser, options: argparse.Namespace) -> DecoderConfig:
-  config = presets.get(options.preset) if options.preset else DEFAULT
-  given = {
-    name.removeprefix('model.'): value
-    for name, value in vars(options).items()
-    if name.startswith('model.') and value is not None
-  }
-  if unknown := sorted(set(given) - set(vars(config))):
-    parser.error(
-      f'--model.{unknown[0]}: a {type(config).__name__} has no such field'
-    )
-  try:
-    config = dataclasses.replace(config, **given)
-    accounting.parameters(config)
-  except ValueError as error:  # It names 'model.field'.
-    parser.error(f'--{error}')
-  return config
-
-
-def _boolean(text: str) -> bool:
-  if text not in ('true', 'false'):
-    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
-  return text == 'true'
 
 
 if __name__ == '__main__':

@@ -116,7 +116,7 @@ def machine_facts() -> dict[str, Any]:
     'platform': device.platform,
     'device': device.device_kind,
     'cpu': _cpu_model(),
-    'cores': _cores(),
+    'cores': cores(),
     'load': round(os.getloadavg()[0], 2),
     'python': platform.python_version(),
     **versions,
@@ -133,8 +133,9 @@ def _cpu_model() -> str:
   return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
-  if hasattr(os, 'sched_getaffinity'):  # What this process may use.
+def cores() -> int:
+  """How many this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 

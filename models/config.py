@@ -80,8 +80,8 @@ class DecoderConfig:
   than unrolled on a CPU. The numbers are the same."""
   remat: str = 'none'
   """What of a block the backward pass computes again: 'none'; 'full', all of
-  it; 'minimal', all but its matrix products, attention and experts'
-  exchange; or the names to save, of `REMAT_NAMES`, joined by commas."""
+  it; 'minimal', all but attention, matrix products (not its projection) and
+  experts' exchange; or the names to save, of `REMAT_NAMES`, joined by commas."""
   z_loss: float = 0.0
   """Weight of the mean squared log-normaliser of the logits in the loss."""
   dtype: str = 'float32'
@@ -144,8 +144,8 @@ class DecoderConfig:
   @property
   def saved_names(self) -> tuple[str, ...]:
     """What `remat` saves of a block, by name."""
-    if self.remat == 'minimal':
-      return REMAT_NAMES
+    if self.remat == 'minimal':  # The projection is as large, and cheap.
+      return tuple(name for name in REMAT_NAMES if name != 'out')
     if self.remat in ('none', 'full'):
       return ()
     return tuple(self.remat.split(','))

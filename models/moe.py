@@ -99,9 +99,9 @@ class Moe(nnx.Module):
       return local(logits_BTE, mask_BT)
     split = divides(mesh, len(logits_BTE), 'batch')
     tokens = spec('batch' if split else None, mesh=mesh)
-    return island(
-      local, mesh, in_specs=(tokens, tokens), out_specs=tokens
-    )(logits_BTE, mask_BT)
+    return island(local, mesh, in_specs=(tokens, tokens), out_specs=tokens)(
+      logits_BTE, mask_BT
+    )
 
   def _logits(self, x_BTD):
     """In float32 whatever the rest: a choice must not hang on rounding."""

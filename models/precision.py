@@ -1,4 +1,4 @@
-"""Parameters in the dtype of activations, cast once however often they are read.
+"""Parameters in the dtype of activations, cast once and read often.
 
 The model casts what it multiplies with by itself; a train step that reads its
 parameters several times, or gathers them from other devices, casts first.
@@ -9,15 +9,17 @@ from typing import Any
 import jax
 from flax import nnx
 
+from models.decoder import Decoder
 
-def cast(model: nnx.Module, params: Any) -> Any:
+
+def cast(model: Decoder, params: Any) -> Any:
   """Casts the parameters that the model would cast wherever it reads them.
 
   Norms, biases, routers and the embedding stay: their products or sums are in
   float32.
 
   Args:
-    model: A `models.decoder.Decoder`, real or abstract.
+    model: Real, or abstract from `nnx.eval_shape`.
     params: A nested dict like that of its parameters.
 
   Returns:

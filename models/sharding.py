@@ -74,17 +74,20 @@ def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
   devices = list(array.ravel())
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  # An axis may end within a dimension of the slice: 64 of 16 x 16 x 24.
+  split = {'allow_split_physical_axes': True}
   if slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    placed = mesh_utils.create_device_mesh(shape, devices, **split)
+    return Mesh(placed, AXES, axis_types=types)
   copies, *inner = shape
   if copies % slices:
     raise ValueError(
       f'mesh.data ({copies}) must be a multiple of the {slices} slices'
     )
-  joined = mesh_utils.create_hybrid_device_mesh(
-    [copies // slices, *inner], [slices, 1, 1, 1], devices
+  placed = mesh_utils.create_hybrid_device_mesh(
+    [copies // slices, *inner], [slices, 1, 1, 1], devices, **split
   )
-  return Mesh(joined, AXES, axis_types=types)
+  return Mesh(placed, AXES, axis_types=types)
 
 
 def platform(mesh: Mesh | None) -> str:

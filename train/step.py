@@ -74,16 +74,15 @@ def programs(config: Config, mesh: Mesh) -> Programs:
   whole = replicated(mesh)
   model = nnx.merge(graph, shapes.params)
   of_params = sharding.param_shardings(model, mesh)
-  shardings = TrainState(
+  of_opt_state = optax.tree.map_params(
+    optimizer,
+    lambda _, place: place,
+    shapes.opt_state,
     of_params,
-    optax.tree.map_params(
-      optimizer,
-      lambda _, place: place,
-      shapes.opt_state,
-      of_params,
-      transform_non_params=lambda _: whole,
-    ),
-    whole,
+    transform_non_params=lambda _: whole,
+  )
+  shardings = shapes._replace(
+    params=of_params, opt_state=of_opt_state, step=whole
   )
   state = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -97,14 +96,19 @@ def programs(config: Config, mesh: Mesh) -> Programs:
   step = functools.partial(
     train_step, graph, optimizer, mesh, config.accumulate
   )
+  # Run once: on a CPU, compiling it well takes longer than running it.
+  quick = {'xla_backend_optimization_level': 1}
+  on_cpu = sharding.platform(mesh) == 'cpu'
   return Programs(
-    init=jax.jit(make_state, out_shardings=shardings),
+    init=jax.jit(
+      make_state,
+      out_shardings=shardings,
+      compiler_options=quick if on_cpu else None,
+    ),
     train_step=jax.jit(
       step, donate_argnums=0, out_shardings=(shardings, whole)
     ),
-    eval_step=jax.jit(
-      functools.partial(eval_step, graph), out_shardings=whole
-    ),
+    eval_step=jax.jit(functools.partial(eval_step, graph), out_shardings=whole),
     state=state,
     batch={'tokens': tokens},
   )

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import model as benchmark
-from models import accounting, families, sharding
+from models import families, sharding
 from models.config import LlamaConfig, Qwen2MoeConfig
 from models.decoder import total_loss
 
@@ -143,20 +143,6 @@ def test_mfu_by_hand(measured):
   assert '40.0 % with half the scores' in text
 
 
-@pytest.mark.parametrize('platform, device, dtype, peak, reason', [
-  ('gpu', 'NVIDIA H100 80GB HBM3', 'bfloat16', 989e12, ''),
-  ('tpu', 'TPU v5 lite', 'bfloat16', 197e12, ''),
-  ('gpu', 'NVIDIA H100 80GB HBM3', 'float32', None, 'of bfloat16'),
-  ('gpu', 'NVIDIA T1', 'bfloat16', None, 'NVIDIA T1 is not known'),
-  ('cpu', 'cpu', 'bfloat16', None, 'a CPU'),
-])  # fmt: skip
-def test_the_peak_of_a_device(platform, device, dtype, peak, reason):
-  found, missing = benchmark._peak(platform, device, dtype)
-  assert found == peak
-  assert reason in missing
-  assert bool(missing) == (peak is None)
-
-
 @pytest.mark.parametrize('config', [_LLAMA, _MOE])
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('scanned', [False, True])
@@ -214,13 +200,6 @@ def test_parts_and_whole_make_numbers(qwen2_moe):
   assert programs.state.step == steps + 1
   same = jax.tree.map(np.array_equal, before, programs.state.params)
   assert not any(jax.tree.leaves(same))
-
-
-def test_the_default_is_the_peers_shape():
-  counts = accounting.parameters(benchmark.DEFAULT)
-  assert round(counts.total / 1e6, 1) == 16.9
-  flops = 8 * 256 * accounting.flops_per_token(benchmark.DEFAULT, 256)
-  assert flops == pytest.approx(1.8e11, rel=0.05)
 
 
 @pytest.mark.parametrize('argv, message', [

@@ -1,0 +1,182 @@
+"""Weak scaling as the compiler sees it: one step for 8 to 6,144 chips.
+
+Run with `python -m benchmarks.scaling`, where libtpu is installed; no TPU is
+needed. For each topology it compiles the train step of a 1B-like LLaMA (the
+shape that docs/aot.md compares with a peer) at the same batch on every device,
+and prints bytes per device, collective bytes and the predicted step time. A
+part of the slice shares parameters (fsdp), such parts hold copies (data).
+
+`--json FILE` keeps the points, also of a run that is cut off, and a later run
+adds to them; `--page FILE` draws them. All of it is prediction: nothing runs.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks.timing import Parser, check_writable, machine_facts, write_json
+from models.config import LlamaConfig
+from train.aot import collectives
+from train.aot.compile import compile_step
+from train.aot.report import WARNING, versions
+from train.aot.topology import devices_of
+from train.config import Config, DataConfig, MeshConfig
+from train.errors import UserError
+
+# Chips that share the parameters (fsdp): whole dimensions of the slice, and at
+# least 64 chips where there are so many.
+TOPOLOGIES = {
+  'v5p:2x2x2': 8,
+  'v5p:2x4x4': 32,
+  'v5p:4x4x4': 64,
+  'v5p:4x8x8': 64,
+  'v5p:8x8x16': 64,
+  'v5p:16x16x16': 256,
+  'v5p:16x16x24': 256,
+}
+ROWS = 4
+"""Sequences a device."""
+MODEL = LlamaConfig(
+  vocab_size=32128,
+  d_model=2048,
+  d_ff=5632,
+  n_layers=16,
+  n_heads=16,
+  dtype='bfloat16',
+  scan_layers=True,
+  remat='full',
+)
+
+
+def config_for(devices: int, fsdp: int) -> Config:
+  """The step on so many devices, `ROWS` sequences on each."""
+  return Config(
+    model=MODEL,
+    data=DataConfig(sequence_length=2048, batch_size=ROWS * devices),
+    mesh=MeshConfig(data=0, fsdp=fsdp),
+  )
+
+
+def point(topology: str) -> dict[str, Any]:
+  """Compiles for a topology.
+
+  Raises:
+    UserError: there is no libtpu, or no such topology.
+  """
+  config = config_for(len(devices_of(topology)), TOPOLOGIES[topology])
+  report = compile_step(config, topology)
+  e = report.estimate
+  return {
+    'topology': topology,
+    'devices': report.devices,
+    'mesh': report.mesh,
+    'bytes_per_device': dataclasses.asdict(report.bytes),
+    'collectives': collectives.totals(report.collectives),
+    'estimated_cycles': e.cycles,
+    'seconds': {
+      'compute': e.compute,
+      'memory': e.memory,
+      'network_blocking': e.blocking,
+      'network_overlapping': e.overlapping,
+    },
+    'bound': e.bound,
+    'predicted_seconds': e.seconds,
+    'predicted_mfu': report.mfu,
+    'compile_seconds': report.compile_seconds,
+  }
+
+
+def line(one: dict[str, Any]) -> str:
+  """A point as a row of the table."""
+  size = one['bytes_per_device']
+  moved = sum(c['bytes'] for c in one['collectives'])
+  mesh = one['mesh']
+  return (
+    f'{one["devices"]:>6} {one["topology"]:<14} {mesh["data"]:>5} '
+    f'{mesh["fsdp"]:>5} {size["arguments"] / 1e9:>10.3f} '
+    f'{size["peak"] / 1e9:>8.3f} {moved / 1e9:>11.2f} '
+    f'{1e3 * one["predicted_seconds"]:>9.1f} {one["predicted_mfu"]:>6.1%} '
+    f'{one["compile_seconds"]:>8.0f}'
+  )
+
+
+HEADER = (
+  f'{"chips":>6} {"topology":<14} {"data":>5} {"fsdp":>5} {"arguments":>10} '
+  f'{"peak":>8} {"collectives":>11} {"step":>9} {"MFU":>6} {"compile":>8}\n'
+  f'{"":>32} {"GB a chip":>11} {"GB":>8} {"GB a step":>11} {"ms":>9} '
+  f'{"":>6} {"s":>8}'
+)
+
+
+def _read(path: pathlib.Path | None) -> dict[str, dict[str, Any]]:
+  """Earlier points of the same versions, by topology."""
+  if path is None or not path.exists():
+    return {}
+  kept = json.loads(path.read_text())
+  if kept['versions'] != versions():
+    return {}
+  return {one['topology']: one for one in kept['points']}
+
+
+def _write(path: pathlib.Path, points: list[dict[str, Any]]) -> None:
+  write_json(
+    path,
+    {
+      'warning': WARNING,
+      'versions': versions(),
+      'machine': machine_facts(),
+      'shape': dataclasses.asdict(MODEL),
+      'rows_per_device': ROWS,
+      'points': points,
+    },
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Compiles, prints, writes.
+
+  Returns:
+    The exit status: 0, or 2 for a mistake in the input.
+  """
+  parser = Parser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--topologies',
+    nargs='+',
+    choices=TOPOLOGIES,
+    default=list(TOPOLOGIES),
+    metavar='NAME',
+  )
+  parser.add_argument('--json', type=pathlib.Path)
+  parser.add_argument('--page', type=pathlib.Path, help='HTML with charts')
+  options = parser.parse_args(argv)
+  for path in (options.json, options.page):
+    if path:
+      check_writable(parser, path)
+  try:
+    done = _read(options.json)
+    print(HEADER)
+    for topology in options.topologies:
+      if topology not in done:
+        done[topology] = point(topology)
+        if options.json:
+          _write(options.json, _ordered(done))
+      print(line(done[topology]), flush=True)
+  except UserError as error:
+    print(f'benchmarks.scaling: error: {error}', file=sys.stderr)
+    return 2
+  if options.page:
+    from benchmarks import scaling_page
+
+    options.page.write_text(scaling_page.page(_ordered(done)))
+  print(WARNING)
+  return 0
+
+
+def _ordered(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+  return sorted(points.values(), key=lambda one: one['devices'])
+
+
+if __name__ == '__main__':
+  sys.exit(main())
