@@ -3,8 +3,8 @@
 Run with `python -m benchmarks.scaling`, where libtpu is installed; no TPU is
 needed. For each topology it compiles the train step of a 1B-like LLaMA (the
 shape that docs/aot.md compares with a peer) at the same batch on every device,
-and prints bytes per device, collective bytes and the predicted step time. A
-part of the slice shares parameters (fsdp), such parts hold copies (data).
+and prints bytes per device, collective bytes and the predicted step time. 64
+chips share parameters (fsdp), cubes of 64 hold copies (data).
 
 `--json FILE` keeps the points, also of a run that is cut off, and a later run
 adds to them; `--page FILE` draws them. All of it is prediction: nothing runs.
@@ -25,17 +25,12 @@ from train.aot.topology import devices_of
 from train.config import Config, DataConfig, MeshConfig
 from train.errors import UserError
 
-# Chips that share the parameters (fsdp): whole dimensions of the slice, and at
-# least 64 chips where there are so many.
-TOPOLOGIES = {
-  'v5p:2x2x2': 8,
-  'v5p:2x4x4': 32,
-  'v5p:4x4x4': 64,
-  'v5p:4x8x8': 64,
-  'v5p:8x8x16': 64,
-  'v5p:16x16x16': 256,
-  'v5p:16x16x24': 256,
-}
+TOPOLOGIES = (
+  'v5p:2x2x2', 'v5p:2x4x4', 'v5p:4x4x4', 'v5p:4x8x8', 'v5p:8x8x16',
+  'v5p:16x16x16', 'v5p:16x16x24',
+)  # fmt: skip
+CUBE = 64
+"""Chips that share the parameters (fsdp), at most."""
 ROWS = 4
 """Sequences a device."""
 MODEL = LlamaConfig(
@@ -50,12 +45,12 @@ MODEL = LlamaConfig(
 )
 
 
-def config_for(devices: int, fsdp: int) -> Config:
+def config_for(devices: int) -> Config:
   """The step on so many devices, `ROWS` sequences on each."""
   return Config(
     model=MODEL,
     data=DataConfig(sequence_length=2048, batch_size=ROWS * devices),
-    mesh=MeshConfig(data=0, fsdp=fsdp),
+    mesh=MeshConfig(data=0, fsdp=min(devices, CUBE)),
   )
 
 
@@ -65,7 +60,7 @@ def point(topology: str) -> dict[str, Any]:
   Raises:
     UserError: there is no libtpu, or no such topology.
   """
-  config = config_for(len(devices_of(topology)), TOPOLOGIES[topology])
+  config = config_for(len(devices_of(topology)))
   report = compile_step(config, topology)
   e = report.estimate
   return {

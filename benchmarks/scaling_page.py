@@ -46,8 +46,7 @@ def page(points: Sequence[dict[str, Any]]) -> str:
     _figure(
       points,
       'Memory of a chip',
-      'Parameters and moments are shared along fsdp: at most 64 chips, from '
-      '4,096 on 256.',
+      'Parameters and moments are shared by at most 64 chips.',
       'GB',
       {
         'peak': lambda p: p['bytes_per_device']['peak'] / 1e9,

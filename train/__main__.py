@@ -7,11 +7,16 @@ import signal
 import sys
 
 _PROG = 'python -m train'
-_NEEDED = (
-  'array_record', 'etils.epath', 'flax', 'grain', 'jax', 'ml_dtypes', 'optax',
-  'orbax.checkpoint', 'safetensors', 'tensorflow_datasets', 'tokenizers',
-  'tqdm',
+_NEEDED = ('flax', 'jax', 'ml_dtypes', 'optax')
+_TO_SAMPLE = (
+  'etils.epath', 'grain', 'orbax.checkpoint', 'safetensors', 'tokenizers',
 )  # fmt: skip
+_TO_TRAIN = (
+  'array_record', 'etils.epath', 'grain', 'orbax.checkpoint',
+  'tensorflow_datasets', 'tokenizers', 'tqdm',
+)  # fmt: skip
+# Beyond what every command needs.
+_NEEDED_BY = {'demo': _TO_TRAIN, 'run': _TO_TRAIN, 'sample': _TO_SAMPLE}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     The exit status: 0 done or stopped as asked, 2 a mistake in the input, 130
     interrupted.
   """
-  missing = [name for name in _NEEDED if not _installed(name)]
+  argv = sys.argv[1:] if argv is None else argv
+  needed = {*_NEEDED, *_NEEDED_BY.get(argv[0] if argv else '', ())}
+  missing = sorted(name for name in needed if not _installed(name))
   if missing:
     print(
       f'{_PROG}: error: not installed: {", ".join(missing)}; the trainer needs '
@@ -45,11 +52,18 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return commands.run(_PROG, argv)
   except errors.UserError as error:
-    print(f'{_PROG}: error: {error}', file=sys.stderr)
+    if not error.shared or _is_main():
+      print(f'{_PROG}: error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f'\n{_PROG}: interrupted', file=sys.stderr)
     return 130
+
+
+def _is_main() -> bool:
+  from train import distributed
+
+  return distributed.is_main()
 
 
 def _leave(number, frame):

@@ -22,6 +22,15 @@ _KEPT = 2
 _MISFITS = (ValueError, KeyError, TypeError, FileNotFoundError)
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which leaves signals to the loop."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Asks nothing: JAX counts who has asked (`train/interrupt.py`)."""
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one run directory, newest last.
 
@@ -32,7 +41,7 @@ class Checkpoints:
     _quiet()
     self._directory = directory
     with self._one_line_errors():
-      self._manager = ocp.CheckpointManager(
+      self._manager = _Manager(
         directory.absolute(),
         options=ocp.CheckpointManagerOptions(
           max_to_keep=_KEPT, cleanup_tmp_directories=True
@@ -214,8 +223,3 @@ def _quiet() -> None:
       report(failure)
 
   sys.unraisablehook = report_others
-
-
-def abstract(tree: Any) -> Any:
-  """Shapes, dtypes and shardings of a tree of arrays."""
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

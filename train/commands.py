@@ -12,7 +12,6 @@ import sys
 from train import cli, paper, recipe_table, recipes, sample_options
 
 _DONE = 0
-_DOES_NOT_FIT = 1
 _INTERRUPTED = 130
 
 
@@ -291,7 +290,7 @@ def _aot(options: argparse.Namespace) -> int:
   from train.aot import command
 
   config = cli.config(options.recipe, options)
-  fits = command.run(
+  command.run(
     config,
     command.Options(
       topology=options.topology,
@@ -301,7 +300,7 @@ def _aot(options: argparse.Namespace) -> int:
       hlo=options.hlo,
     ),
   )
-  return _DONE if fits else _DOES_NOT_FIT
+  return _DONE
 
 
 def _interrupted(run_dir: pathlib.Path) -> int:

@@ -5,7 +5,7 @@ import json
 import pathlib
 import textwrap
 
-from train import loop
+from train import distributed, loop
 from train.checkpoint import one_line_errors
 from train.config import Config
 from train.errors import UserError
@@ -51,6 +51,15 @@ def run(config: Config, directory: pathlib.Path) -> str:
     results[name] = result
     if result.interrupted and len(results) < len(configs):
       return 'interrupted'
+  with distributed.together():
+    if distributed.is_main():
+      _present(config, directory, results)
+  return 'done'
+
+
+def _present(
+  config: Config, directory: pathlib.Path, results: dict[str, loop.Result]
+) -> None:
   _write_results(directory, results)
   power = f'{config.optimizer.power:g}'
   write_report(
@@ -61,7 +70,6 @@ def run(config: Config, directory: pathlib.Path) -> str:
     baseline=ARMS[0],
   )
   print(_table(directory, results))
-  return 'done'
 
 
 def _write_results(

@@ -3,3 +3,6 @@
 
 class UserError(Exception):
   """A mistake in the input; its message is one line that says what to do."""
+
+  shared = False
+  """Whether all processes of a run raise it; one of them prints it."""

@@ -1,24 +1,25 @@
-"""The run: data in, steps, evaluation, saves, signals."""
+"""The run: data in, steps, evaluation, saves."""
 
 import dataclasses
-import functools
+import gc
 import logging
 import math
 import pathlib
-import signal
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from train import data
+from train import data, distributed, kept_programs
 from train import step as step_lib
-from train.checkpoint import Checkpoints, abstract
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.digest import params_digest
 from train.errors import UserError
-from train.mesh import batch_sharding, check, make_mesh
+from train.feed import Feed
+from train.interrupt import Interrupt
+from train.mesh import check, make_mesh
 from train.monitor import Display
 from train.optimizer import schedule
 from train.run_dir import RunDir
@@ -40,30 +41,6 @@ class Result:
   """See `train/digest.py`; empty unless done."""
   interrupted: bool = False
   """Whether a signal came, if only in a run's last moments."""
-
-
-class Interrupt:
-  """Notes the first Ctrl-C or SIGTERM; the second ends the program at once."""
-
-  def __init__(self):
-    self.received: str | None = None
-
-  def __enter__(self):
-    self._previous = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _note(self, number, frame):
-    del frame
-    if self.received:
-      raise KeyboardInterrupt
-    self.received = signal.Signals(number).name
 
 
 def resolve(config: Config, dataset: data.Dataset) -> Config:
@@ -104,14 +81,16 @@ def run(
   Raises:
     UserError: the input is at fault, or the disk is full.
   """
-  mesh = make_mesh(config.mesh)
-  check(config, mesh)
-  dataset = data.load(config.data)
-  config = resolve(config, dataset)
-  directory = RunDir(
-    run_dir, config, dataset.source_hash, dataset.tokenizer.to_json()
-  )
-  if (end := directory.done()) is not None:
+  kept_programs.keep()
+  with distributed.together():
+    mesh = make_mesh(config.mesh)
+    check(config, mesh)
+    dataset = data.load(config.data)
+    dataset.check_steps(config.steps)
+    config = resolve(config, dataset)
+    check(config, mesh)  # Of the vocabulary too, now that it is known.
+  directory = _open(run_dir, config, dataset)
+  if (end := distributed.share(directory.done())) is not None:
     _logger.info('%s: already done, at step %d', name, end['step'])
     return Result(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
@@ -120,6 +99,16 @@ def run(
     parts = config, directory, dataset, mesh, name, stop_at
     result = _Run(*parts, interrupt)()
     return dataclasses.replace(result, interrupted=bool(interrupt.received))
+
+
+def _open(path: pathlib.Path, config: Config, dataset: data.Dataset) -> RunDir:
+  """One process makes the directory, then all others find it made."""
+  parts = path, config, dataset.source_hash, dataset.tokenizer.to_json()
+  main = distributed.is_main()
+  with distributed.together():
+    directory = RunDir(*parts) if main else None
+  with distributed.together():
+    return directory or RunDir(*parts, writes=False)
 
 
 class _Run:
@@ -138,15 +127,20 @@ class _Run:
         jnp.arange(config.steps)
       )
     )
-    programs = step_lib.programs(config, mesh)
-    self.train_step, self.eval_step = programs.train_step, programs.eval_step
-    self.put = functools.partial(jax.device_put, device=batch_sharding(mesh))
-    self.state = programs.init()
+    self.programs = step_lib.programs(config, mesh)
+    self.feed = Feed(mesh, config.data.batch_size)
     self.batches = dataset.train(config.seed)
-    self.held_out = [self.put(batch) for batch in dataset.validation()]
+    rows = self.feed.rows
+    self.held_out = [
+      self.feed({name: array[rows] for name, array in batch.items()})
+      for batch in dataset.validation()
+    ]
     self.checkpoints = Checkpoints(directory.checkpoints)
-    self.step = self._restore()
-    self.display = Display(name, config.steps, self.step)
+    self.step, self.state = self._start()
+    self.saved = self.step
+    self.display = Display(
+      name, config.steps, self.step, shown=distributed.is_main()
+    )
     self.clock: float | None = None  # When the last logged step was done.
 
   def __call__(self) -> Result:
@@ -155,8 +149,7 @@ class _Run:
         return Result('stopped', self.step)  # As it was before.
       self.directory.rewind(self.step)
       if self.step:
-        self.directory.log({'event': 'resumed', 'step': self.step})
-        self.display.say(f'continues from step {self.step}')
+        self._say_resumed()
       status = self._train()
       if status == 'done':
         return self._finish()
@@ -166,21 +159,43 @@ class _Run:
       self.display.close()
       self.checkpoints.close()
 
-  def _restore(self) -> int:
-    """Takes up the last checkpoint; returns the steps taken."""
-    step = self.checkpoints.latest_step()
+  def _start(self) -> tuple[int, step_lib.TrainState]:
+    """Takes up the last checkpoint, or begins."""
+    step = distributed.share(self.checkpoints.latest_step())
     if step is None:
-      return 0
-    self.state = self.checkpoints.restore(step, abstract(self.state))
-    return step
+      return 0, self.programs.init()
+    with distributed.together():
+      return step, self.checkpoints.restore(step, self.programs.state)
+
+  def _say_resumed(self) -> None:
+    moved = self.directory.moved
+    self.directory.log({'event': 'resumed', 'step': self.step, **moved})
+    self.display.say(f'continues from step {self.step}')
+    if moved:
+      self.display.say(
+        f'laid out in another way than it began ({", ".join(moved)}): what '
+        'follows is the same up to rounding'
+      )
 
   def _train(self) -> str:
     """Steps until the end, --stop-at or a signal."""
+    # Collecting garbage takes longer than all else here: it waits for a save
+    # or an evaluation, and what is there already is never looked at.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+      return self._steps()
+    finally:
+      gc.enable()
+      gc.unfreeze()
+
+  def _steps(self) -> str:
     every_eval, every_save = self.config.eval_every, self.config.save_every
     pending = None
-    while self.step < self.last and not self.interrupt.received:
-      batch = self.put(self.batches[self.step])
-      self.state, metrics = self.train_step(self.state, batch)
+    while self.step < self.last and not self.interrupt.stop():
+      batch = self.feed(self.batches.rows(self.step, self.feed.rows))
+      self.state, metrics = self.programs.train_step(self.state, batch)
       self.step += 1
       # The device is busy with this step while the one before is logged.
       self._log(pending)
@@ -194,6 +209,7 @@ class _Run:
           self.directory.log(self._evaluate())
         if save:
           self._save()
+        gc.collect()
         self.clock = time.monotonic()
     self._log(pending)
     if self.step == self.config.steps:
@@ -225,7 +241,10 @@ class _Run:
 
   def _evaluate(self) -> dict[str, Any]:
     """The mean loss on the held-out split, as a line of metrics.jsonl."""
-    sums = [self.eval_step(self.state.params, batch) for batch in self.held_out]
+    sums = [
+      self.programs.eval_step(self.state.params, batch)
+      for batch in self.held_out
+    ]
     losses, weights = zip(*jax.device_get(sums), strict=True)
     loss = math.fsum(map(float, losses)) / math.fsum(map(float, weights))
     self.display.validation(loss)
@@ -237,16 +256,17 @@ class _Run:
     }
 
   def _save(self) -> None:
-    if self.checkpoints.latest_step() != self.step:
+    if self.saved != self.step:
       self.directory.sync()
       self.checkpoints.save(self.step, self.state)
+      self.saved = self.step
 
   def _finish(self) -> Result:
     """The final state is safe before the run says that it is done."""
     self._save()
     self.checkpoints.wait()
     validation = self._evaluate()
-    digest = params_digest(jax.device_get(self.state.params), self.config.model)
+    digest = params_digest(self.state.params, self.config.model)
     self.directory.log(
       validation,
       {

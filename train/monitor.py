@@ -16,12 +16,19 @@ class Display:
     name: Shown before the progress.
     steps: Of the whole run.
     step: Taken before now.
+    shown: Whether to show anything; one of several processes does.
     file: The terminal, or a log; lines are plain where it is not a terminal.
   """
 
   def __init__(
-    self, name: str, steps: int, step: int, file: TextIO | None = None
+    self,
+    name: str,
+    steps: int,
+    step: int,
+    shown: bool = True,
+    file: TextIO | None = None,
   ):
+    self._shown = shown
     self._file = sys.stderr if file is None else file
     self._name = name
     self._steps = steps
@@ -30,7 +37,7 @@ class Display:
     self._validation = ''
     self._rate: float | None = None  # A mean over the last ten steps or so.
     self._bar = None
-    if self._file.isatty():
+    if shown and self._file.isatty():
       self._bar = tqdm.tqdm(
         total=steps, initial=step, desc=name, unit='step', file=self._file,
         bar_format='{desc} {bar} {n_fmt}/{total_fmt}{postfix} '
@@ -39,6 +46,8 @@ class Display:
 
   def train(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Shows a step that is done."""
+    if not self._shown:
+      return
     if self._rate is None:
       self._rate = tokens_per_second
     self._rate += 0.1 * (tokens_per_second - self._rate)
@@ -62,6 +71,8 @@ class Display:
 
   def say(self, message: str) -> None:
     """Prints a line above the bar."""
+    if not self._shown:
+      return
     line = f'{self._name}: {message}'
     if self._bar is not None:
       self._bar.write(line, file=self._file)

@@ -22,6 +22,9 @@ _PACKAGES = (
   'tensorflow-datasets', 'tokenizers', 'numpy',
 )  # fmt: skip
 
+# Of the configuration: how the work is laid out, equal up to rounding.
+_LAYOUT = ('mesh', 'accumulate')
+
 # What a directory holds before it is a run's, if it was cut off at birth.
 _BORN: tuple[set[str], ...] = (
   set(),
@@ -38,21 +41,42 @@ class RunDir:
     config: The resolved configuration.
     source_hash: Of the text, vocabulary and split.
     tokenizer: The vocabulary, in the `tokenizers` JSON format.
+    writes: Whether this process makes and writes the directory; another has
+      opened it before if not, and this one then only reads.
 
   Raises:
     UserError: the directory holds another run, or cannot be written.
   """
 
   def __init__(
-    self, path: pathlib.Path, config: Config, source_hash: str, tokenizer: str
+    self,
+    path: pathlib.Path,
+    config: Config,
+    source_hash: str,
+    tokenizer: str,
+    *,
+    writes: bool = True,
   ):
     self.path = path
+    self.moved: dict[str, Any] = {}
+    """What has changed of where the run is done since it began: 'devices',
+    'mesh', 'accumulate'."""
+    self._writes = writes
     self._metrics = path / 'metrics.jsonl'
     wanted = to_dict(config)
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+    if not writes:
+      if not (path / 'config.json').exists():
+        raise UserError(
+          f'process {jax.process_index()} does not see {path}: --run-dir must '
+          'be on a disk that all processes share'
+        )
+      _check_same(path, wanted, source_hash)
+      return
     with one_line_errors(path):
       path.mkdir(parents=True, exist_ok=True)
       if (path / 'config.json').exists():
-        _check_same(path, wanted, source_hash)
+        self.moved = _check_same(path, wanted, source_hash, devices)
         # An older version wrote no vocabulary.
         if not (path / 'tokenizer.json').exists():
           write_atomically(path / 'tokenizer.json', tokenizer)
@@ -65,7 +89,7 @@ class RunDir:
         facts = {
           'source_hash': source_hash,
           'versions': _versions(),
-          'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+          'devices': devices,
         }
         # config.json last: it marks a run directory as one.
         write_atomically(path / 'run.json', _dumps(facts))
@@ -79,6 +103,8 @@ class RunDir:
 
   def log(self, *lines: dict[str, Any]) -> None:
     """Appends to metrics.jsonl."""
+    if not self._writes:
+      return
     text = ''.join(
       json.dumps({k: plain(v) for k, v in line.items()}) + '\n'
       for line in lines
@@ -88,12 +114,14 @@ class RunDir:
 
   def sync(self) -> None:
     """Makes what was logged durable: a checkpoint is about to rely on it."""
+    if not self._writes:
+      return
     with one_line_errors(self.path), self._metrics.open('a') as file:
       os.fsync(file.fileno())
 
   def rewind(self, step: int) -> None:
     """Drops what was logged after a step: it is about to be done again."""
-    if not self._metrics.exists():
+    if not self._writes or not self._metrics.exists():
       return
     kept = [
       line for line in self.lines() if line['step'] <= step and not _ends(line)
@@ -168,8 +196,12 @@ def _versions() -> dict[str, str]:
 
 
 def _check_same(
-  path: pathlib.Path, wanted: dict[str, Any], source_hash: str
-) -> None:
+  path: pathlib.Path,
+  wanted: dict[str, Any],
+  source_hash: str,
+  devices: str = '',
+) -> dict[str, Any]:
+  """Refuses another run; returns what is laid out in another way."""
   try:
     found = json.loads((path / 'config.json').read_text())
     facts = json.loads((path / 'run.json').read_text())
@@ -179,7 +211,8 @@ def _check_same(
     raise UserError(
       f'{path} holds a damaged run ({error}): name another --run-dir'
     ) from error
-  differences = _differences(found, wanted)
+  layout = {key: found.get(key, wanted[key]) for key in _LAYOUT}
+  differences = _differences(found | layout, wanted | layout)
   if facts.get('source_hash') != source_hash and not differences:
     differences = ['the text or vocabulary has changed']
   if differences:
@@ -188,6 +221,9 @@ def _check_same(
       f'({"; ".join(differences)}): name another --run-dir, or give the '
       'options of that run to continue it'
     )
+  before = {'devices': facts.get('devices'), **layout}
+  now = {'devices': devices, **{key: wanted[key] for key in _LAYOUT}}
+  return {key: now[key] for key in now if now[key] != before[key]}
 
 
 def _differences(found: Any, wanted: Any, prefix: str = '--') -> list[str]:

@@ -14,10 +14,10 @@ import pytest
 from train import checkpoint
 from train.checkpoint import (
   Checkpoints,
-  abstract,
   one_line_errors,
   restore_params,
 )
+from train.config import MeshConfig
 from train.errors import UserError
 from train.mesh import batch_sharding, make_mesh, replicated
 
@@ -30,8 +30,14 @@ def state(seed=0, width=64):
                             1: {'w': rng.normal(size=(8, width))}}},
       'step': np.int32(seed),
     },
-    replicated(make_mesh(8)),
+    replicated(make_mesh(MeshConfig())),
   )  # fmt: skip
+
+
+def abstract(tree):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
 
 
 def assert_same(tree, other):
@@ -61,7 +67,7 @@ def test_it_comes_back_on_another_sharding(checkpoints):
   checkpoints.save(1, state(1))
   checkpoints.wait()
   wanted = abstract(state(0))
-  rows = batch_sharding(make_mesh(8))
+  rows = batch_sharding(make_mesh(MeshConfig()))
   wanted['params'] = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
     wanted['params'],
@@ -161,7 +167,7 @@ def state_with_empty(width=0):
                  'down': np.ones((8, width, 4), jnp.bfloat16)},
       'w': np.ones((8, 2), np.float32),
     },
-    batch_sharding(make_mesh(8)),
+    batch_sharding(make_mesh(MeshConfig())),
   )  # fmt: skip
   return {'params': params, 'moments': Moments(params, {'g': params['shared']})}
 

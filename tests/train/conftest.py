@@ -102,7 +102,7 @@ def main(data_cache, kept_programs, monkeypatch):
 
 @pytest.fixture(scope='session')
 def start(data_cache, programs):
-  """Starts `python -m train` as a user does, on one device.
+  """Starts `python -m train` as a user does, on one device unless told.
 
   `prelude` is code to run before, in the same process.
   """
@@ -114,14 +114,18 @@ def start(data_cache, programs):
      'JAX_COMPILATION_CACHE_DIR': programs,
      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}  # fmt: skip
 
-  def start(*argv, prelude=''):
+  def start(*argv, prelude='', devices=1, flags='', **variables):
     how = ['-m', 'train']
     if prelude:
       how = ['-c', f'{prelude}\nfrom train.__main__ import main\n'
              'import sys\nsys.exit(main(sys.argv[1:]))']  # fmt: skip
+    count = f'--xla_force_host_platform_device_count={devices}'
     return subprocess.Popen(
       [sys.executable, *how, *map(str, argv)],
-      cwd=ROOT, env=environment, text=True,
+      cwd=ROOT, text=True, env=environment | {
+        'XLA_FLAGS': f'{count} {flags}',
+        **variables,
+      },
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -66,6 +66,8 @@ def test_both_arms_start_from_the_same_parameters_and_batches(done, numbers):
   arms = [numbers(done.dir / name) for name in demo.ARMS]
   # Warm-up begins at 0, so step 2 still sees the initial parameters.
   for plain, powered in list(zip(*arms, strict=True))[:2]:
+    assert plain.pop('powered_norm') == plain['clipped_norm']
+    assert powered.pop('powered_norm') != powered['clipped_norm']
     assert plain == powered
   assert arms[0][0]['loss'] != arms[0][1]['loss']
   assert arms[0][2]['loss'] != arms[1][2]['loss']

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from models.config import LlamaConfig, Qwen2MoeConfig
+from train.config import MeshConfig
 from train.digest import canonical_parameters, params_digest
 from train.mesh import make_mesh
 
@@ -97,7 +98,7 @@ def test_dense_and_sparse_layers_in_turn_are_unstacked_in_order():
 
 
 def test_sharding_and_memory_order_do_not_matter():
-  mesh = make_mesh(8)
+  mesh = make_mesh(MeshConfig())
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   params = draw()
   wanted = params_digest(params, UNROLLED)

@@ -128,9 +128,7 @@ def collectives_of(family, sizes, accumulate, power=1.2, scan=True):
   mesh = make_mesh(config.mesh)
   programs = step.programs(config, mesh)
   text = programs.train_step.lower(programs.state, programs.batch).compile()
-  found = collectives.find(
-    hlo.parse(text.as_text()), mesh, chips.CHIPS['v5p']
-  )
+  found = collectives.find(hlo.parse(text.as_text()), mesh, chips.CHIPS['v5p'])
   return {
     (one['kind'], one['axis']): one['bytes']
     for one in collectives.totals(found)
@@ -166,9 +164,7 @@ def test_copies_of_split_models_reduce_their_gradients_once(family):
   found = collectives_of(family, tuple(sizes.items()), 4)
   gradients = parameter_bytes(family, sizes)
   moved = {
-    (kind, axis): size
-    for (kind, axis), size in found.items()
-    if 'data' in axis
+    (kind, axis): size for (kind, axis), size in found.items() if 'data' in axis
   }
   assert moved.keys() <= {('all-reduce', 'data'), ('all-reduce', 'data+fsdp')}
   assert gradients <= moved['all-reduce', 'data'] < gradients + SCALARS

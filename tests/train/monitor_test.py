@@ -42,6 +42,17 @@ def test_a_log_gets_a_plain_line_now_and_then(clock):
   assert '\r' not in file.getvalue() and '\x1b' not in file.getvalue()
 
 
+@pytest.mark.parametrize('file', [io.StringIO(), Terminal()])
+def test_another_process_shows_nothing(file):
+  display = monitor.Display('arm', steps=2, step=0, shown=False, file=file)
+  display.train(1, loss=2.0, tokens_per_second=100.0)
+  display.validation(2.5)
+  display.train(2, loss=2.0, tokens_per_second=100.0)
+  display.say('hello')
+  display.close()
+  assert file.getvalue() == ''
+
+
 def test_the_time_left_is_of_this_session(clock):
   file = io.StringIO()
   display = monitor.Display('arm', steps=5000, step=100, file=file)

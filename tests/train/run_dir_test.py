@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import Config, OptimizerConfig, to_dict
+from train.config import Config, MeshConfig, OptimizerConfig, to_dict
 from train.errors import UserError
 from train.run_dir import RunDir, write_atomically
 
@@ -57,6 +57,55 @@ def test_another_configuration_is_refused_by_its_options(run):
   assert '--steps is 10000 there, 2000 here' in message
   assert '--seed' not in message
   assert '\n' not in message
+
+
+def test_it_goes_on_in_another_layout_and_says_so(run):
+  assert again(run).moved == {}
+  before = (run.path / 'config.json').read_bytes()
+  mesh = MeshConfig(fsdp=4)
+  moved = dataclasses.replace(CONFIG, mesh=mesh, accumulate=2)
+  assert again(run, moved).moved == {
+    'mesh': {'data': 0, 'fsdp': 4, 'tensor': 1, 'expert': 1},
+    'accumulate': 2,
+  }
+  facts = json.loads((run.path / 'run.json').read_text())
+  (run.path / 'run.json').write_text(
+    json.dumps(facts | {'devices': '64 TPU v5p'})
+  )
+  assert again(run).moved == {'devices': '8 cpu'}
+  assert (run.path / 'config.json').read_bytes() == before
+  with pytest.raises(UserError) as error:
+    again(run, dataclasses.replace(POWER, mesh=mesh))
+  assert '--optimizer.power' in str(error.value)
+  assert 'mesh' not in str(error.value)
+
+
+def test_a_run_from_before_there_were_meshes_goes_on(run):
+  path = run.path / 'config.json'
+  found = json.loads(path.read_text())
+  del found['mesh'], found['accumulate']
+  path.write_text(json.dumps(found))
+  assert again(run).moved == {}
+
+
+def test_a_process_that_does_not_write(run, tmp_path):
+  def reader(path=run.path, config=CONFIG, source_hash='hash'):
+    return RunDir(path, config, source_hash, VOCABULARY, writes=False)
+
+  run.log(train_line(1))
+  before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+  other = reader()
+  other.log(train_line(2))
+  other.rewind(0)
+  other.sync()
+  assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+  with pytest.raises(UserError, match='another configuration'):
+    reader(config=POWER)
+  with pytest.raises(UserError, match='text or vocabulary has changed'):
+    reader(source_hash='other')
+  with pytest.raises(UserError, match='on a disk that all processes share'):
+    reader(tmp_path / 'none')
+  assert not (tmp_path / 'none').exists()
 
 
 def test_another_text_is_refused(run):

@@ -32,9 +32,7 @@ BATCH = {'tokens': TOKENS}
 OPTIMIZER = make_optimizer(CONFIG)
 ALONE = make_mesh(CONFIG.mesh, jax.devices()[:1])
 MAKE_STATE, GRAPH = step_lib.init(CONFIG, OPTIMIZER, ALONE)
-PURE_STEP = functools.partial(
-  step_lib.train_step, GRAPH, OPTIMIZER, ALONE, 1
-)
+PURE_STEP = functools.partial(step_lib.train_step, GRAPH, OPTIMIZER, ALONE, 1)
 
 
 @functools.cache

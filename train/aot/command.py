@@ -28,14 +28,11 @@ class Options:
   """Where to write the compiled program."""
 
 
-def run(config: Config, options: Options) -> bool:
+def run(config: Config, options: Options) -> None:
   """Compiles, prints and writes.
 
-  Returns:
-    Whether the step fits into the memory of a device.
-
   Raises:
-    UserError: a mistake in the input.
+    UserError: a mistake in the input, or the step does not fit.
   """
   topology.chip_of(options.topology)
   outputs = [path for path in (options.json, options.hlo) if path]
@@ -60,17 +57,25 @@ def run(config: Config, options: Options) -> bool:
     except compile_lib.DoesNotFitError as error:
       if options.json:
         _write(options.json, _refusal(options, error))
-      raise UserError(
-        f'the step does not fit on {options.topology}: it {error}; try '
-        '--model.remat full, a smaller --data.batch_size, a larger '
-        '--mesh.fsdp, or --search'
-      ) from error
+      raise _does_not_fit(options, str(error)) from error
   print(show.table(report))
   if options.json:
     _write(options.json, report.to_json())
   if options.hlo:
     options.hlo.write_text(report.text)
-  return report.fits
+  if not report.fits:
+    needed = compile_lib.DoesNotFitError(
+      report.bytes.peak, report.chip.hbm_bytes
+    )
+    raise _does_not_fit(options, str(needed))
+
+
+def _does_not_fit(options: Options, why: str) -> UserError:
+  return UserError(
+    f'the step does not fit on {options.topology}: it {why}; try '
+    '--model.remat full, a smaller --data.batch_size, a larger --mesh.fsdp, '
+    'or --search'
+  )
 
 
 def _refusal(options: Options, error: compile_lib.DoesNotFitError) -> dict:

@@ -152,16 +152,21 @@ def _kernel(
   ]
   for name, products in _ATTENTION.items():
     if name in instruction.name:
-      queries = next(array for array in arrays if len(array) == 4)
-      batch, heads, length, width = queries
-      return name, products * batch * heads * length**2 * width
+      # Queries come first; a batch of one may have lost its axis.
+      queries = next((array for array in arrays if len(array) >= 3), [0, 0, 0])
+      *batch_and_heads, length, width = queries
+      return name, products * math.prod(batch_and_heads) * length**2 * width
   for name in _GROUPED:
     if name in instruction.name:
-      _, inner, outer = next(array for array in arrays if len(array) == 3)
+      groups = next((array for array in arrays if len(array) == 3), [0, 1, 0])
+      _, inner, outer = groups
       rows = next(
-        math.prod(array) // inner
-        for array in arrays
-        if len(array) == 2 and inner in array
+        (
+          math.prod(array) // inner
+          for array in arrays
+          if len(array) == 2 and inner in array
+        ),
+        0,
       )
       return name, 2 * rows * inner * outer
   return instruction.name.rstrip('.0123456789'), 0

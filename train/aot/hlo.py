@@ -119,10 +119,12 @@ class Program:
         branches = re.search(
           r'branch_computations=\{([^}]*)\}', instruction.attributes
         )
-        names = _OPERAND.findall(branches[1]) if branches else []
-        names += map(instruction.called, ('true_computation',) * (not names))
-        names += map(
-          instruction.called, ('false_computation',) * (len(names) == 1)
+        names = (
+          _OPERAND.findall(branches[1])
+          if branches
+          else map(
+            instruction.called, ('true_computation', 'false_computation')
+          )
         )
         return [(name, 1) for name in names]
     return []

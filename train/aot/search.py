@@ -1,8 +1,8 @@
 """Walks rematerialisation, batch and mesh, and ranks what fits.
 
-Each trial is a compilation, so the walk goes along one line after the other:
-for each policy, batches upwards, on the mesh that splits parameters over all
-devices of a slice; then the best of those on the other meshes.
+Each trial is a compilation, so the walk goes along lines: batches upwards for
+each policy in turn, on the mesh that splits parameters over all devices of a
+slice; then the best of those on the other meshes.
 """
 
 import dataclasses
@@ -74,13 +74,18 @@ def walk(
       found.append(trial)
     return trial
 
-  for remat in REMATS:
-    rows, speed = 1, 0.0
-    while True:
-      trial = attempt(first, remat, rows)
-      if trial is None or _speed(trial) < _WORTH * speed or not trial.report:
-        break
-      rows, speed = 2 * rows, _speed(trial)
+  # A third of the trials, at most, is for the other meshes.
+  batches = limit - min(len(others), limit // 3)
+  speeds = dict.fromkeys(REMATS, 0.0)
+  rows = 1
+  while speeds and count < batches:
+    for remat in list(speeds):
+      trial = attempt(first, remat, rows) if count < batches else None
+      if trial and trial.report and _speed(trial) > _WORTH * speeds[remat]:
+        speeds[remat] = _speed(trial)
+      else:
+        del speeds[remat]
+    rows *= 2
   if found:
     best = max(found, key=_speed)
     for mesh in others:

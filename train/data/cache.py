@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import pathlib
@@ -81,14 +82,35 @@ def _is_abandoned(path: pathlib.Path) -> bool:
   return time.time() - last > _ABANDONED_AFTER
 
 
+@contextlib.contextmanager
+def _turn(target: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process is building `target`."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  lock = target.with_name(f'.{target.name}.lock')
+  with lock.open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      _logger.info('waiting for another process to prepare %s', target)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      _logger.debug('no locks for %s', target)
+    try:
+      yield
+    finally:
+      # Who waits for it now finds the directory, or builds it unlocked.
+      lock.unlink(missing_ok=True)
+
+
 def build_once(
   target: pathlib.Path, build: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
   """Returns `target`, a directory that `build` has filled.
 
   It is filled under another name and then renamed, so a run that is killed
-  leaves no half of it, and of two runs at once the first to end wins; both
-  wrote the same.
+  leaves no half of it. Of several processes one builds and the others wait;
+  where the file system has no locks, or they are not those of one machine, the
+  first to end wins: all wrote the same.
 
   Args:
     target: the directory; where it exists, nothing is done.
@@ -101,8 +123,11 @@ def build_once(
     return target
   with (
     one_line_errors(target.parent),
+    _turn(target),
     temporary_directory(target.parent) as temporary,
   ):
+    if target.is_dir():
+      return target
     build(temporary)
     try:
       temporary.rename(target)

@@ -54,9 +54,23 @@ class Dataset:
       An object whose item i is `{'tokens': int32 (B, T + 1)}`: inputs are
       `tokens[:, :-1]`, targets `tokens[:, 1:]`.
     """
-    return loader.train_batches(
-      self._train_windows, self.config.batch_size, seed
-    )
+    windows = self._train_windows
+    return loader.Batches(windows, self.config.batch_size, seed)
+
+  def check_steps(self, steps: int) -> None:
+    """Checks that so many steps are allowed to have their batches.
+
+    Raises:
+      UserError: they need more than the text, which may not be repeated.
+    """
+    windows, size = len(self._train_windows), self.config.batch_size
+    if not self.config.repeat and steps * size > windows:
+      raise errors.UserError(
+        f'--steps ({steps:,}) x --data.batch_size ({size:,}) needs'
+        f' {steps * size:,} windows, the training split has {windows:,}: lower'
+        f' --steps to {windows // size:,}, give more text, or let it be read'
+        ' again with --data.repeat true'
+      )
 
   def validation(self) -> list[dict]:
     """Returns the fixed batches that every evaluation scores.

@@ -1,19 +1,12 @@
-"""Windows of a token stream, and batches of windows through Grain."""
+"""Windows of a token stream, and batches of windows in Grain's order."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
 Batch = Mapping[str, np.ndarray]
-
-
-class Batches(Protocol):
-  """An endless sequence of batches with random access."""
-
-  def __getitem__(self, index: int) -> Batch:
-    """Returns batch `index`, any number from 0."""
 
 
 class Windows:
@@ -47,33 +40,41 @@ class Windows:
     return {'tokens': tokens.astype(np.int32)}
 
 
-def train_batches(windows: Windows, batch_size: int, seed: int) -> Batches:
-  """Returns shuffled batches without end; batch i depends on (seed, i) alone.
+class Batches:
+  """Shuffled batches without end; batch i depends on (seed, i) alone.
 
   Every epoch takes each window once, in an order of its own; a batch can span
   two epochs. Any batch is found without passing over those before it: Grain
   shuffles by a cipher on the index, not by a table.
-
-  Args:
-    windows: at least one window.
-    batch_size: B, windows in a batch.
-    seed: any integer from 0.
-
-  Returns:
-    A sequence of `{'tokens': int32 (B, T + 1)}`.
   """
-  # Grain seeds epoch e with seed + e: neighbouring seeds would be one order,
-  # an epoch apart. A hash sets them far apart.
-  spread = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
-  # Indices are batched rather than windows, and read at one go: Grain's batch
-  # asks its parent for one element after the other.
-  return (
-    grain.MapDataset.range(len(windows))
-    .shuffle(seed=spread)
-    .repeat(None)
-    .batch(batch_size)
-    .map(windows.__getitems__)
-  )
+
+  def __init__(self, windows: Windows, batch_size: int, seed: int):
+    """Reads nothing yet.
+
+    Args:
+      windows: at least one window.
+      batch_size: B, windows in a batch.
+      seed: any integer from 0.
+    """
+    # Grain seeds epoch e with seed + e: neighbouring seeds would be one order,
+    # an epoch apart. A hash sets them far apart.
+    spread = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+    self._windows = windows
+    self._batch_size = batch_size
+    self._order = (
+      grain.MapDataset.range(len(windows)).shuffle(seed=spread).repeat(None)
+    )
+
+  def __getitem__(self, index: int) -> Batch:
+    """Returns batch `index`, `{'tokens': int32 (B, T + 1)}`."""
+    return self.rows(index, range(self._batch_size))
+
+  def rows(self, index: int, rows: Sequence[int] | np.ndarray) -> Batch:
+    """Returns some rows of batch `index`, and reads no others."""
+    first = index * self._batch_size
+    # One read: what is in Grain's order are numbers, not the windows.
+    chosen = [self._order[first + int(row)] for row in rows]
+    return self._windows.__getitems__(chosen)
 
 
 def validation_batches(

@@ -1,6 +1,8 @@
 import errno
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,11 +10,12 @@ import pytest
 from train import errors
 from train.data import cache
 
+ROOT = pathlib.Path(cache.__file__).parents[2]
+
 
 def test_default_directory(monkeypatch, tmp_path):
   monkeypatch.delenv('GRADPOWER_CACHE', raising=False)
-  root = pathlib.Path(cache.__file__).parents[2]
-  assert cache.default_directory() == root / 'cache'
+  assert cache.default_directory() == ROOT / 'cache'
   monkeypatch.setenv('GRADPOWER_CACHE', str(tmp_path))
   assert cache.default_directory() == tmp_path
 
@@ -52,7 +55,32 @@ def test_nothing_is_left_of_an_interrupted_build(tmp_path, stop):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_first_of_two_builds_stays(tmp_path):
+def test_processes_at_once_build_once(tmp_path):
+  code = (
+    'import pathlib, sys, time\n'
+    'from train.data import cache\n'
+    'root = pathlib.Path(sys.argv[1])\n'
+    'def build(directory):\n'
+    '  with (root / "calls").open("a") as file: file.write("x")\n'
+    '  time.sleep(1)\n'
+    '  (directory / "file").write_text("content")\n'
+    'target = cache.build_once(root / "deep" / "target", build)\n'
+    'assert (target / "file").read_text() == "content"\n'
+  )
+  processes = [
+    subprocess.Popen([sys.executable, '-c', code, tmp_path], cwd=ROOT)
+    for _ in range(3)
+  ]
+  assert [process.wait(60) for process in processes] == [0, 0, 0]
+  assert (tmp_path / 'calls').read_text() == 'x'
+  assert [path.name for path in (tmp_path / 'deep').iterdir()] == ['target']
+
+
+def test_without_locks_the_first_of_two_builds_stays(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(cache.fcntl, 'flock', flock)
   target = tmp_path / 'target'
 
   def other(directory):

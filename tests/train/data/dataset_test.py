@@ -114,6 +114,21 @@ def test_too_little_to_train_on(load):
     load(batch_size=5000)
 
 
+def test_more_steps_than_text_are_refused(load):
+  dataset = load(repeat=False, batch_size=3)
+  windows = (dataset.tokens['train'] - 1) // 16
+  enough = windows // 3
+  dataset.check_steps(enough)
+  with pytest.raises(errors.UserError) as error:
+    dataset.check_steps(enough + 1)
+  message = str(error.value)
+  assert f'--steps ({enough + 1:,}) x --data.batch_size (3)' in message
+  assert f'lower --steps to {enough:,}' in message
+  assert '--data.repeat true' in message
+  assert '\n' not in message
+  load(batch_size=3).check_steps(10**9)
+
+
 def test_too_little_to_validate_on(load):
   with pytest.raises(
     errors.UserError,

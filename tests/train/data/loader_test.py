@@ -42,7 +42,7 @@ def test_batched_read_equals_single_reads(size, length):
 @settings(max_examples=40, deadline=None)
 def test_each_epoch_takes_each_window_once(size, length, batch_size, seed):
   windows = loader.Windows(np.arange(size), length)
-  batches = loader.train_batches(windows, batch_size, seed)
+  batches = loader.Batches(windows, batch_size, seed)
   count = len(windows)
   # As many batches as take every window `batch_size` times.
   rows = np.concatenate([batches[i]['tokens'] for i in range(count)])
@@ -60,17 +60,46 @@ def test_each_epoch_takes_each_window_once(size, length, batch_size, seed):
 @settings(max_examples=50, deadline=None)
 def test_batch_depends_on_seed_and_index_alone(index, seed, other):
   windows = loader.Windows(np.arange(2000), 8)
-  batches = loader.train_batches(windows, 4, seed)
+  batches = loader.Batches(windows, 4, seed)
   expected = batches[index]['tokens']
   _ = batches[other]
   np.testing.assert_array_equal(batches[index]['tokens'], expected)
-  fresh = loader.train_batches(windows, 4, seed)
+  fresh = loader.Batches(windows, 4, seed)
   np.testing.assert_array_equal(fresh[index]['tokens'], expected)
+
+
+@given(
+  batch_size=st.integers(1, 12),
+  ways=st.integers(1, 12),
+  index=st.integers(0, 10**6),
+)
+@settings(max_examples=50)
+def test_processes_read_parts_that_make_the_batch(batch_size, ways, index):
+  windows = loader.Windows(np.arange(2000), 8)
+  whole = loader.Batches(windows, batch_size, 3)[index]['tokens']
+  parts = np.array_split(np.arange(batch_size), ways)
+  reads = []
+
+  class Noting(loader.Windows):
+    def __getitems__(self, indices):
+      reads.append(len(indices))
+      return super().__getitems__(indices)
+
+  each = [
+    loader.Batches(Noting(np.arange(2000), 8), batch_size, 3) for _ in parts
+  ]
+  rows = [
+    batches.rows(index, part)['tokens']
+    for batches, part in zip(each, parts, strict=True)
+    if len(part)
+  ]
+  np.testing.assert_array_equal(np.concatenate(rows), whole)
+  assert reads == [len(part) for part in parts if len(part)]
 
 
 def order(seed, epoch, count=500):
   windows = loader.Windows(np.arange(count + 1), 1)
-  batches = loader.train_batches(windows, count, seed)
+  batches = loader.Batches(windows, count, seed)
   return batches[epoch]['tokens'][:, 0].tolist()
 
 
@@ -84,7 +113,7 @@ def test_orders_differ_by_seed_and_epoch():
 
 def test_any_batch_is_found_at_once():
   windows = loader.Windows(np.arange(10_001), 10)
-  batches = loader.train_batches(windows, 16, 0)
+  batches = loader.Batches(windows, 16, 0)
   batches[0]
   start = time.perf_counter()
   batches[10**12]
@@ -92,7 +121,7 @@ def test_any_batch_is_found_at_once():
 
 
 def test_single_window():
-  batches = loader.train_batches(loader.Windows(np.arange(5), 4), 3, 0)
+  batches = loader.Batches(loader.Windows(np.arange(5), 4), 3, 0)
   np.testing.assert_array_equal(batches[7]['tokens'], [[0, 1, 2, 3, 4]] * 3)
 
 
@@ -128,7 +157,7 @@ def test_batches_are_fast(tmp_path, batch_size, length):
   np.save(path, np.zeros(1_500_000, np.uint16))
   stream = np.load(path, mmap_mode='r').view(np.ndarray)
   windows = loader.Windows(stream, length)
-  batches = loader.train_batches(windows, batch_size, 0)
+  batches = loader.Batches(windows, batch_size, 0)
   times = []
   for i in range(200):
     start = time.perf_counter()

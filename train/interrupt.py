@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: a run saves and ends after the step under way."""
+
+import itertools
+import os
+import signal
+
+from jax.experimental import multihost_utils
+
+from train import distributed
+
+# Of all runs of a program: what JAX agrees on is a number of questions asked.
+_questions = itertools.count(1)
+
+
+class Interrupt:
+  """Notes the first Ctrl-C or SIGTERM; the second ends the program at once.
+
+  Of several processes each may be the one that is signalled: JAX, which
+  listens for SIGTERM from when they are joined, lets all of them stop after
+  the same step.
+  """
+
+  def __init__(self):
+    self.received: str | None = None
+    """The signal's name; with several processes, once they agree."""
+    self._noted: str | None = None
+
+  def __enter__(self):
+    mine = [signal.SIGINT]
+    if not distributed.several():
+      mine.append(signal.SIGTERM)
+    self._previous = {
+      number: signal.signal(number, self._note) for number in mine
+    }
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def stop(self) -> bool:
+    """Whether to stop before the next step; asked once before each of them."""
+    if distributed.several() and (
+      multihost_utils.reached_preemption_sync_point(next(_questions))
+    ):
+      self.received = self._noted or 'SIGTERM'
+    return self.received is not None
+
+  def _note(self, number, frame):
+    del frame
+    if self._noted:
+      raise KeyboardInterrupt
+    self._noted = signal.Signals(number).name
+    if distributed.several():
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.received = self._noted
