@@ -81,7 +81,7 @@ class DecoderConfig:
   remat: str = 'none'
   """What of a block the backward pass computes again: 'none'; 'full', all of
   it; 'minimal', all but attention, matrix products (not its projection) and
-  experts' exchange; or the names to save, of `REMAT_NAMES`, joined by commas."""
+  experts' exchange; or names to save, of `REMAT_NAMES`, joined by commas."""
   z_loss: float = 0.0
   """Weight of the mean squared log-normaliser of the logits in the loss."""
   dtype: str = 'float32'

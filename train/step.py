@@ -26,6 +26,20 @@ from train.optimizer import Optimizer, make_optimizer
 
 Params = Any
 
+# It runs once: on a CPU, compiling it well takes longer than running it.
+_INIT_OPTIONS = {'cpu': {'xla_backend_optimization_level': 1}}
+# Weights are gathered while the layer before is computed. Read off programs
+# compiled ahead of time; not run.
+_STEP_OPTIONS = {
+  'tpu': {
+    'xla_enable_async_all_gather': True,
+    'xla_tpu_enable_async_collective_fusion': True,
+    'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
+    'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
+    'xla_tpu_overlap_compute_collective_tc': True,
+  }
+}
+
 
 class TrainState(NamedTuple):
   """All that a step changes."""
@@ -96,17 +110,18 @@ def programs(config: Config, mesh: Mesh) -> Programs:
   step = functools.partial(
     train_step, graph, optimizer, mesh, config.accumulate
   )
-  # Run once: on a CPU, compiling it well takes longer than running it.
-  quick = {'xla_backend_optimization_level': 1}
-  on_cpu = sharding.platform(mesh) == 'cpu'
+  platform = sharding.platform(mesh)
   return Programs(
     init=jax.jit(
       make_state,
       out_shardings=shardings,
-      compiler_options=quick if on_cpu else None,
+      compiler_options=_INIT_OPTIONS.get(platform),
     ),
     train_step=jax.jit(
-      step, donate_argnums=0, out_shardings=(shardings, whole)
+      step,
+      donate_argnums=0,
+      out_shardings=(shardings, whole),
+      compiler_options=_STEP_OPTIONS.get(platform),
     ),
     eval_step=jax.jit(functools.partial(eval_step, graph), out_shardings=whole),
     state=state,
