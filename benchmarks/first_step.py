@@ -7,11 +7,13 @@ which is prepared beforehand. It is ended once its `metrics.jsonl` has a line.
 import dataclasses
 import os
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from models.config import DecoderConfig, LlamaConfig
@@ -40,7 +42,7 @@ def measure(config: DecoderConfig, batch: int, length: int) -> dict[str, Any]:
     'warm_seconds', with a full one; 'cold' and 'warm', their medians.
 
   Raises:
-    RunError: it does not get to its first step.
+    RunError: it does not get to its first step, or cannot be given the model.
   """
   command = [sys.executable, '-m', 'train', 'run']
   command += options(config, batch, length)
@@ -52,7 +54,7 @@ def measure(config: DecoderConfig, batch: int, length: int) -> dict[str, Any]:
     last = pathlib.Path(folder) / str(_RUNS)
     warm = [time_first_line(command, last, fresh=False) for _ in range(_RUNS)]
   return {
-    'command': ' '.join(['python', *command[1:]]),
+    'command': shlex.join(['python', *command[1:]]),
     'cold_seconds': cold,
     'warm_seconds': warm,
     'cold': statistics.median(cold),
@@ -61,16 +63,37 @@ def measure(config: DecoderConfig, batch: int, length: int) -> dict[str, Any]:
 
 
 def options(config: DecoderConfig, batch: int, length: int) -> list[str]:
-  """The trainer's recipe and options for a model and shape of batches."""
+  """The trainer's recipe and options for a model and shape of batches.
+
+  Args:
+    config: The model; every field of it is given.
+    batch: Sequences.
+    length: Tokens of each.
+
+  Raises:
+    RunError: the command line cannot take a field's value.
+  """
   vocab = max(config.vocab_size, _TOKENIZER)
   config = dataclasses.replace(config, vocab_size=vocab)
   given = ['demo' if isinstance(config, LlamaConfig) else 'demo_moe']
-  for name, value in vars(config).items():
-    if isinstance(value, (int, float, str)):
-      text = str(value).lower() if isinstance(value, bool) else str(value)
-      given += [f'--model.{name}', text]
+  given += _field_options(config, 'model')
   given += ['--data.batch_size', str(batch)]
   return [*given, '--data.sequence_length', str(length)]
+
+
+def _field_options(config: Any, path: str) -> Iterator[str]:
+  for name, value in vars(config).items():
+    option = f'{path}.{name}'
+    if dataclasses.is_dataclass(value):
+      yield from _field_options(value, option)
+    elif isinstance(value, bool):
+      yield from (f'--{option}', str(value).lower())
+    elif isinstance(value, (int, float, str)):
+      yield from (f'--{option}', str(value))
+    elif isinstance(value, tuple):
+      yield from (f'--{option}', ','.join(map(str, value)))
+    else:
+      raise RunError(f'--{option} cannot be {value!r}')
 
 
 def time_first_line(

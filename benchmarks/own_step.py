@@ -115,20 +115,22 @@ class OwnStep:
 
     pending = None
     gc.disable()
-    thread = time.thread_time()
-    for _ in range(steps + 1):
-      start = time.perf_counter()
-      batch = self._feed(self._build())
-      built = time.perf_counter()
-      state, metrics = train_step(state, batch)
-      taken['dispatch'] += time.perf_counter() - built
-      taken['batch'] += built - start
-      if pending is not None:
-        read(pending)
-      pending = metrics
-    read(pending)
-    taken['thread'] = time.thread_time() - thread
-    gc.enable()
+    try:
+      thread = time.thread_time()
+      for _ in range(steps + 1):
+        start = time.perf_counter()
+        batch = self._feed(self._build())
+        built = time.perf_counter()
+        state, metrics = train_step(state, batch)
+        taken['dispatch'] += time.perf_counter() - built
+        taken['batch'] += built - start
+        if pending is not None:
+          read(pending)
+        pending = metrics
+      read(pending)
+      taken['thread'] = time.thread_time() - thread
+    finally:
+      gc.enable()
     self._leaves = jax.tree.leaves(state)
     self.host.append({k: v / (steps + 1) for k, v in taken.items()})
     return (came[-1] - came[0]) / steps

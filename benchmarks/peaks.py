@@ -1,18 +1,26 @@
 """Published speeds of devices, for model FLOPs utilisation."""
 
-# Operations a second of dense bfloat16 products by `device_kind`, as published.
-PEAKS = {
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H200': 989e12,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
+from train.aot.chips import CHIPS
+from train.gpus import GPUS
+
+# A TPU generation by `device_kind`. A core of a TPU7x is a device to JAX, and
+# in `CHIPS`.
+_TPU_KINDS = {
+  'TPU v4': 'v4',
+  'TPU v5 lite': 'v5e',
+  'TPU v5e': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v5p': 'v5p',
+  'TPU v6 lite': 'v6e',
+  'TPU v6e': 'v6e',
+  'TPU7x': 'tpu7x',
 }
+
+PEAKS = {
+  **{kind: gpu.peak_flops for gpu in GPUS.values() for kind in gpu.kinds},
+  **{kind: CHIPS[name].peak_flops for kind, name in _TPU_KINDS.items()},
+}
+"""Operations a second of dense bfloat16 products by `device_kind`."""
 
 
 def peak(platform: str, device: str, dtype: str) -> tuple[float | None, str]:

@@ -6,12 +6,11 @@ shape that docs/aot.md compares with a peer) at the same batch on every device,
 and prints bytes per device, collective bytes and the predicted step time. 64
 chips share parameters (fsdp), cubes of 64 hold copies (data).
 
-`--json FILE` keeps the points, also of a run that is cut off, and a later run
-adds to them; `--page FILE` draws them. All of it is prediction: nothing runs.
+`--json FILE` is written after each point, so that it has those of a run that is
+cut off, too; `--page FILE` draws them. All of it is prediction: nothing runs.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -105,16 +104,6 @@ HEADER = (
 )
 
 
-def _read(path: pathlib.Path | None) -> dict[str, dict[str, Any]]:
-  """Earlier points of the same versions, by topology."""
-  if path is None or not path.exists():
-    return {}
-  kept = json.loads(path.read_text())
-  if kept['versions'] != versions():
-    return {}
-  return {one['topology']: one for one in kept['points']}
-
-
 def _write(path: pathlib.Path, points: list[dict[str, Any]]) -> None:
   write_json(
     path,
@@ -135,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
   Returns:
     The exit status: 0, or 2 for a mistake in the input.
   """
-  parser = Parser(description=__doc__.splitlines()[0])
+  parser = Parser(
+    prog='python -m benchmarks.scaling',
+    description=__doc__.splitlines()[0],
+  )
   parser.add_argument(
     '--topologies',
     nargs='+',
@@ -150,27 +142,22 @@ def main(argv: list[str] | None = None) -> int:
     if path:
       check_writable(parser, path)
   try:
-    done = _read(options.json)
     print(HEADER)
-    for topology in options.topologies:
-      if topology not in done:
-        done[topology] = point(topology)
-        if options.json:
-          _write(options.json, _ordered(done))
-      print(line(done[topology]), flush=True)
+    points: list[dict[str, Any]] = []
+    for topology in sorted(set(options.topologies), key=TOPOLOGIES.index):
+      points.append(point(topology))
+      if options.json:
+        _write(options.json, points)
+      print(line(points[-1]), flush=True)
   except UserError as error:
-    print(f'benchmarks.scaling: error: {error}', file=sys.stderr)
+    print(f'{parser.prog}: error: {error}', file=sys.stderr)
     return 2
   if options.page:
     from benchmarks import scaling_page
 
-    options.page.write_text(scaling_page.page(_ordered(done)))
+    options.page.write_text(scaling_page.page(points))
   print(WARNING)
   return 0
-
-
-def _ordered(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-  return sorted(points.values(), key=lambda one: one['devices'])
 
 
 if __name__ == '__main__':

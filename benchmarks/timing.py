@@ -201,7 +201,10 @@ def check_writable(parser: argparse.ArgumentParser, path: str) -> None:
   target = pathlib.Path(path)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Permissions alone do not tell: root has them where nothing can be made.
+    is_new = not target.exists()
+    target.open('a').close()
+    if is_new:
+      target.unlink()
   except OSError as error:
     parser.error(f'cannot write --json {target}: {error.strerror}')
-  if target.is_dir() or not os.access(target.parent, os.W_OK):
-    parser.error(f'cannot write --json {target}')

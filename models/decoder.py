@@ -220,11 +220,14 @@ class Decoder(nnx.Module):
 
   def _embed(self, tokens_BT):
     table_VD = constrain(self.embedding[...], self.mesh, 'vocab', 'embed')
-    # Gathered along its width first: batch and width lie on the same axes.
-    table_VD = constrain(table_VD, self.mesh, 'vocab', 'width')
+    # A device looks up its part of the width for the tokens of all that have
+    # the other parts; then rows travel, and so do their gradients. Gathering
+    # the table, and reducing its whole gradient, would move more.
+    tokens_BT = constrain(tokens_BT, self.mesh, 'rows', 'length')
     # Rows are cast, not the table: the gradient of a frequent token's row is a
     # sum that bfloat16 would lose.
     x_BTD = table_VD[tokens_BT].astype(self.config.dtype)
+    x_BTD = constrain(x_BTD, self.mesh, 'rows', 'length', 'embed')
     return constrain(x_BTD, self.mesh, 'batch', 'length', 'width')
 
   def _angles(self, positions_BT):

@@ -28,6 +28,7 @@ BATCH = ('data', 'fsdp', 'expert')
 RULES: dict[str, tuple[str, ...]] = {
   # Activations.
   'batch': BATCH,
+  'rows': ('data',),  # A batch whose width is split by the other axes instead.
   'length': (),
   'width': (),
   # Both.
@@ -168,7 +169,8 @@ def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
   """
   if mesh is None or mesh.size == 1:
     return x
-  if names[0] == 'batch' and not divides(mesh, x.shape[0], 'batch'):
+  first = names[0]
+  if first in ('batch', 'rows') and not divides(mesh, x.shape[0], first):
     names = (None, *names[1:])
   place = NamedSharding(_seen(mesh), spec(*names))
   return jax.lax.with_sharding_constraint(x, place)

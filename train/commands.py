@@ -244,6 +244,9 @@ def _recipes(options: argparse.Namespace) -> int:
   return _DONE
 
 
+_MOST_SLICES = 256
+
+
 def _add_aot(commands) -> None:
   parser = commands.add_parser(
     'aot',
@@ -261,9 +264,9 @@ def _add_aot(commands) -> None:
   )
   parser.add_argument(
     '--slices',
-    type=cli.positive,
+    type=_slices,
     default=1,
-    help='such slices, joined along the data axis; default: 1',
+    help='such slices, at most 256, joined along the data axis; default: 1',
   )
   parser.add_argument(
     '--search',
@@ -284,6 +287,13 @@ def _add_aot(commands) -> None:
   )
   cli.add_config_options(parser)
   parser.set_defaults(call=_aot)
+
+
+def _slices(text: str) -> int:
+  """So many that describing their devices does not take minutes."""
+  if cli.positive(text) > _MOST_SLICES:
+    raise argparse.ArgumentTypeError(f'{text} is above {_MOST_SLICES}')
+  return int(text)
 
 
 def _aot(options: argparse.Namespace) -> int:

@@ -38,6 +38,10 @@ def run(config: Config, directory: pathlib.Path) -> str:
       '--optimizer.power 1.0 makes both arms the same: the demo compares '
       'power 1 with another'
     )
+  if (directory / 'config.json').exists():
+    raise UserError(
+      f'{directory} is the directory of a single run: name another --run-dir'
+    )
   plain = dataclasses.replace(config.optimizer, power=1.0)
   configs = dict(
     zip(ARMS, (dataclasses.replace(config, optimizer=plain), config),

@@ -183,10 +183,12 @@ def _check(coordinator, processes, process) -> None:
 def _detect() -> int:
   """How many processes a launcher that JAX knows has started; 1 if none."""
   environment = os.environ
-  if (
-    int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
-    and 'OMPI_MCA_orte_hnp_uri' not in environment
-  ):
+  size = environment.get('OMPI_COMM_WORLD_SIZE', '1')
+  if not size.isdecimal():
+    raise UserError(
+      f'OMPI_COMM_WORLD_SIZE must be a number of processes, not {size!r}'
+    )
+  if int(size) > 1 and 'OMPI_MCA_orte_hnp_uri' not in environment:
     raise UserError(
       'this Open MPI does not say where process 0 is: give --coordinator, '
       '--processes and --process (docs/launch.md)'

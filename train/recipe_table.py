@@ -8,15 +8,15 @@ from models.config import Qwen2MoeConfig
 from train import paper, recipes
 from train.aot.chips import CHIPS
 from train.config import Config
+from train.gpus import GPUS
 
 _WIDTH = 80
 # Published operations a second of dense bfloat16 products, and how a device is
 # called.
 DEVICES = {
-  'a100': ('A100', 312e12),
-  'h100': ('H100', 989e12),
-  'h200': ('H200', 989e12),
+  **{name: (gpu.label, gpu.peak_flops) for name, gpu in GPUS.items()},
   **{name: (f'TPU {name}', chip.peak_flops) for name, chip in CHIPS.items()},
+  'tpu7x': ('core of a TPU7x', CHIPS['tpu7x'].peak_flops),  # As JAX counts.
 }
 DENSE_MFU, SPARSE_MFU = 0.4, 0.25
 
@@ -100,8 +100,9 @@ def table(configs: dict[str, Config], device: str, mfu: float | None) -> str:
     'learning rate: of llama_0.2b on C4 1e-3 [P]; of the others [?], here the '
     "value in the paper's grid nearest to 1e-3 x 768 / d_model.",
     f'mark: of the shape; {marks}.',
-    'options: --data.corpus c4 or openwebtext, --optimizer.schedule cos or '
-    'wsd, and every field of the config; --optimizer.power 1 is the baseline.',
+    'options of run: --data.corpus c4 or openwebtext (of this listing, too), '
+    '--optimizer.schedule cos or wsd, and every field of the config; '
+    '--optimizer.power 1 is the baseline.',
   )  # fmt: skip
   return '\n'.join(
     [

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from benchmarks import scaling, scaling_page
+from train.errors import UserError
 
 
 def made(topology, devices):
@@ -36,13 +37,12 @@ def compiled(monkeypatch):
   return asked
 
 
-def test_points_are_kept_and_drawn(compiled, tmp_path, capsys):
+def test_points_are_written_in_order_and_drawn(compiled, tmp_path, capsys):
   out, page = tmp_path / 'out.json', tmp_path / 'page.html'
-  first = ['--topologies', 'v5p:4x4x4', '--json', str(out)]
-  assert scaling.main(first) == 0
-  more = ['--topologies', 'v5p:2x2x2', 'v5p:4x4x4', '--json', str(out)]
-  assert scaling.main([*more, '--page', str(page)]) == 0
-  assert compiled == ['v5p:4x4x4', 'v5p:2x2x2']  # Not compiled again.
+  out.write_text('not JSON')  # What was there does not matter.
+  arguments = ['--topologies', 'v5p:4x4x4', 'v5p:2x2x2', '--json', str(out)]
+  assert scaling.main([*arguments, '--page', str(page)]) == 0
+  assert compiled == ['v5p:2x2x2', 'v5p:4x4x4']
   devices = [one['devices'] for one in json.loads(out.read_text())['points']]
   assert devices == [8, 64]
   table = capsys.readouterr().out
@@ -50,14 +50,29 @@ def test_points_are_kept_and_drawn(compiled, tmp_path, capsys):
   assert page.read_text().count('<svg role="img"') == 4
 
 
-def test_points_of_other_versions_are_compiled_again(
-  compiled, monkeypatch, tmp_path
-):
-  arguments = ['--topologies', 'v5p:2x2x2', '--json', str(tmp_path / 'x.json')]
-  scaling.main(arguments)
-  monkeypatch.setattr(scaling, 'versions', lambda: {'jax': '2'})
-  scaling.main(arguments)
-  assert len(compiled) == 2
+def test_a_run_cut_off_leaves_its_points(compiled, monkeypatch, tmp_path):
+  made_before = scaling.point
+
+  def point(topology):
+    if compiled:
+      raise KeyboardInterrupt
+    return made_before(topology)
+
+  monkeypatch.setattr(scaling, 'point', point)
+  out = tmp_path / 'out.json'
+  with pytest.raises(KeyboardInterrupt):
+    scaling.main(['--json', str(out)])
+  assert len(json.loads(out.read_text())['points']) == 1
+
+
+def test_an_error_is_one_line(monkeypatch, capsys):
+  def point(topology):
+    raise UserError('there is no libtpu')
+
+  monkeypatch.setattr(scaling, 'point', point)
+  assert scaling.main([]) == 2
+  error = capsys.readouterr().err
+  assert error == ('python -m benchmarks.scaling: error: there is no libtpu\n')
 
 
 def test_the_same_batch_on_every_device():

@@ -14,6 +14,7 @@ def test_the_default_is_the_peers_shape():
 @pytest.mark.parametrize('platform, device, dtype, peak, reason', [
   ('gpu', 'NVIDIA H100 80GB HBM3', 'bfloat16', 989e12, ''),
   ('tpu', 'TPU v5 lite', 'bfloat16', 197e12, ''),
+  ('tpu', 'TPU7x', 'bfloat16', 2307e12 / 2, ''),  # One of two cores.
   ('gpu', 'NVIDIA H100 80GB HBM3', 'float32', None, 'of bfloat16'),
   ('gpu', 'NVIDIA T1', 'bfloat16', None, 'NVIDIA T1 is not known'),
   ('cpu', 'cpu', 'bfloat16', None, 'a CPU'),

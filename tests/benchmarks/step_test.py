@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from benchmarks import first_step, shapes, step, step_result
 from benchmarks.own_step import POWER, OwnStep
 from benchmarks.peers.process import PeerError
 from models import accounting
-from models.config import LlamaConfig, Qwen2MoeConfig
+from models.config import LlamaConfig, Qwen2MoeConfig, RopeScaling
 from train import cli, recipes
 
 _SMALL = [
@@ -150,6 +151,19 @@ def test_with_and_without_the_power_updates_differ(own):
     own.once(power)
     updates.append([np.array(leaf) for leaf in own._leaves])
   assert any(not np.array_equal(a, b) for a, b in zip(*updates, strict=True))
+
+
+def test_garbage_is_collected_again_after_a_failure(own, monkeypatch):
+  own, _ = own
+
+  def fail():
+    assert not gc.isenabled()
+    raise RuntimeError('no batch')
+
+  monkeypatch.setattr(own, '_build', fail)
+  with pytest.raises(RuntimeError, match='no batch'):
+    own.loop(1)
+  assert gc.isenabled()
 
 
 def test_batches_are_windows_of_the_stream(own):
@@ -316,6 +330,10 @@ def test_a_trainer_that_ends_is_an_error(tmp_path):
   shapes.DEFAULT,
   dataclasses.replace(_LLAMA, scan_layers=True, remat='minimal'),
   Qwen2MoeConfig(vocab_size=4096, n_layers=2, d_expert=64, balance_loss=0.01),
+  Qwen2MoeConfig(n_layers=3, dense_layers=(0, 2), qkv_bias=False),
+  dataclasses.replace(
+    _LLAMA, rope_scaling=RopeScaling(factor=8.0, original_length=64)
+  ),
 ])  # fmt: skip
 def test_the_trainer_is_told_the_shape(config):
   name, *given = first_step.options(config, 4, 32)
@@ -326,6 +344,14 @@ def test_the_trainer_is_told_the_shape(config):
     config, vocab_size=max(2048, config.vocab_size)
   )
   assert (found.data.batch_size, found.data.sequence_length) == (4, 32)
+
+
+def test_what_the_trainer_cannot_be_told_is_an_error():
+  config = dataclasses.replace(_LLAMA, rope_scaling=None)
+  with pytest.raises(
+    first_step.RunError, match=r'--model\.rope_scaling cannot'
+  ):
+    first_step.options(config, 4, 32)
 
 
 @pytest.mark.parametrize('argv, message', [

@@ -70,3 +70,22 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     timing.write_json(path, {'a': float('nan')})
   assert json.loads(path.read_text()) == {'a': 1.5}
   assert [entry.name for entry in path.parent.iterdir()] == ['result.json']
+
+
+def test_a_check_leaves_files_as_they_are(tmp_path):
+  path = tmp_path / 'new' / 'result.json'
+  timing.check_writable(timing.Parser(), str(path))
+  assert list(path.parent.iterdir()) == []
+  path.write_text('before')
+  timing.check_writable(timing.Parser(), str(path))
+  assert path.read_text() == 'before'
+
+
+@pytest.mark.parametrize('path', ['/proc/x', '/proc/x/y', '/dev/null/x', '.'])
+def test_what_cannot_be_written_is_refused(path, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    timing.check_writable(timing.Parser(prog='it'), path)
+  assert stopped.value.code == 2
+  err = capsys.readouterr().err
+  assert err.startswith('it: error: cannot write --json ')
+  assert err.count('\n') == 1

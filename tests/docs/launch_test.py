@@ -1,10 +1,14 @@
+import dataclasses
+import math
 import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 
-from train import cli, commands, recipes
+from models import sharding
+from train import cli, commands, mesh
 
 PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'launch.md'
 
@@ -30,7 +34,7 @@ def test_a_command_is_accepted(argv, monkeypatch):
   seen = []
 
   def note(options):
-    config = cli.with_options(recipes.get(options.recipe), options)
+    config = cli.config(options.recipe, options)
     seen.append((config, options))
     return 0
 
@@ -38,4 +42,9 @@ def test_a_command_is_accepted(argv, monkeypatch):
   assert commands.run('python -m train', argv) == 0
   [(config, options)] = seen
   assert (options.coordinator is None) == (options.processes is None)
-  assert config.data.batch_size % config.mesh.fsdp == 0
+  sizes = dataclasses.asdict(config.mesh)
+  if len(jax.devices()) % math.prod(sizes[axis] or 1 for axis in sharding.AXES):
+    split = math.prod(sizes[axis] or 1 for axis in sharding.BATCH)
+    assert config.data.batch_size % (split * config.accumulate) == 0
+  else:
+    mesh.check(config, mesh.make_mesh(config.mesh))

@@ -394,6 +394,13 @@ def test_an_open_mpi_that_says_too_little_is_refused(monkeypatch):
     distributed._detect()
 
 
+@pytest.mark.parametrize('size', ['x', '', '-1', '1.5'])
+def test_an_open_mpi_size_that_is_no_number_is_refused(monkeypatch, size):
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', size)
+  with pytest.raises(UserError, match='OMPI_COMM_WORLD_SIZE must be a number'):
+    distributed._detect()
+
+
 def test_one_process_needs_nothing():
   with distributed.cluster(processes=1), distributed.together():
     assert distributed.share({'a': 1}) == {'a': 1}

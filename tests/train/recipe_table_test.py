@@ -80,6 +80,11 @@ def test_device_and_mfu_decide_the_hours():
   assert 'assumed MFU of 33 %.' in ' '.join(text.split())
 
 
+def test_a_tpu7x_is_two_devices():
+  text = ' '.join(recipe_table.table(configs(), 'tpu7x', None).split())
+  assert 'one core of a TPU7x, 1153.5 TFLOP/s' in text
+
+
 def test_what_is_not_known_is_not_stated():
   text = ' '.join(recipe_table.table(configs(), 'h100', None).split())
   assert 'an estimate, not a measurement' in text

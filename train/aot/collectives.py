@@ -77,7 +77,8 @@ def find(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[Collective]:
       if not kind:
         continue
       groups = groups_lib.parse_groups(instruction.attributes, mesh.size)
-      axis = groups_lib.axes_of(groups, shape)
+      are_pairs = kind == 'collective-permute'
+      axis = groups_lib.axes_of(groups, shape, are_pairs=are_pairs)
       if not axis:
         continue
       size = _bytes(run, kind, groups.shape[1])
@@ -87,9 +88,6 @@ def find(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[Collective]:
         or run.is_async
         or _holds(run, 'AsyncCollectiveStart')
       )
-      pairs = kind == 'collective-permute'
-      if not pairs and not groups_lib.is_whole(groups, axis, shape):
-        axis = groups_lib.MIXED
     found.append(
       Collective(
         kind=kind,

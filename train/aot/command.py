@@ -5,9 +5,11 @@ import json
 import pathlib
 
 from train.aot import compile as compile_lib
+from train.aot import report as report_lib
 from train.aot import search, show, topology
 from train.config import Config
 from train.errors import UserError
+from train.mesh import make_mesh
 
 SHOWN = 10
 
@@ -39,24 +41,27 @@ def run(config: Config, options: Options) -> None:
   for path in outputs:
     _check_writable(path)
   if options.trials:
-    ranking = search.walk(
-      config, options.topology, options.slices, options.trials, say=_say
-    )
+    try:
+      ranking = search.walk(
+        config, options.topology, options.slices, options.trials, say=_say
+      )
+    except search.NothingFitsError:
+      _refuse(config, options)
+      raise
     print('\nbest first, by predicted tokens a second:')
     for trial in ranking[:SHOWN]:
       print(f'  {search.describe(trial)}')
     best = ranking[0]
     assert best.report
     report = best.report
-    print(f'\nthe best: {search.options(best)}\n')
+    print(f'\nthe best: {search.options(best, config)}\n')
   else:
     try:
       report = compile_lib.compile_step(
         config, options.topology, options.slices
       )
     except compile_lib.DoesNotFitError as error:
-      if options.json:
-        _write(options.json, _refusal(options, error))
+      _refuse(config, options, error.needed)
       raise _does_not_fit(options, str(error)) from error
   print(show.table(report))
   if options.json:
@@ -78,15 +83,30 @@ def _does_not_fit(options: Options, why: str) -> UserError:
   )
 
 
-def _refusal(options: Options, error: compile_lib.DoesNotFitError) -> dict:
-  """What is known of a program that the compiler refused."""
-  return {
-    'topology': options.topology,
-    'slices': options.slices,
-    'fits': False,
-    'bytes_per_device': {'peak': error.needed},
-    'memory_per_device': error.available,
-  }
+def _refuse(config: Config, options: Options, peak: int | None = None) -> None:
+  """Writes what is known where no program fits.
+
+  Args:
+    config: The recipe.
+    options: Say where to write.
+    peak: What the one program would need; None after a search.
+  """
+  if not options.json:
+    return
+  devices = topology.devices_of(options.topology, options.slices)
+  mesh = None if peak is None else make_mesh(config.mesh, devices)
+  _write(
+    options.json,
+    report_lib.refusal(
+      compile_lib.with_vocabulary(config),
+      options.topology,
+      options.slices,
+      devices=len(devices),
+      mesh=dict(mesh.shape) if mesh else None,
+      memory=topology.chip_of(options.topology).hbm_bytes,
+      peak=peak,
+    ),
+  )
 
 
 def _write(path: pathlib.Path, content: dict) -> None:

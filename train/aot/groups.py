@@ -52,16 +52,19 @@ def parse_groups(attributes: str, devices: int) -> np.ndarray:
   raise ValueError(f'unknown groups of devices: {text[:80]!r}')
 
 
-def axes_of(groups: np.ndarray, shape: dict[str, int]) -> str:
+def axes_of(
+  groups: np.ndarray, shape: dict[str, int], *, are_pairs: bool = False
+) -> str:
   """Names the mesh axes that groups, or pairs, run over.
 
   Args:
     groups: From `parse_groups`.
     shape: The mesh's axes and their sizes, in order.
+    are_pairs: They are those of a permutation.
 
   Returns:
-    The axes joined by '+'; '' if no group has two members; `MIXED` if a group
-    is not all devices along its axes.
+    The axes joined by '+'; '' if no group has two members; `MIXED` if groups
+    are not all devices along their axes, which pairs need not be.
   """
   if groups.size == 0 or groups.shape[1] < 2:
     return ''
@@ -70,13 +73,10 @@ def axes_of(groups: np.ndarray, shape: dict[str, int]) -> str:
   names = [
     name for name, is_varying in zip(shape, varies, strict=True) if is_varying
   ]
+  members = math.prod(shape[name] for name in names)
+  if not are_pairs and names and groups.shape[1] != members:
+    return MIXED
   return '+'.join(names)
-
-
-def is_whole(groups: np.ndarray, axes: str, shape: dict[str, int]) -> bool:
-  """Whether each group has all devices along its axes."""
-  names = axes.split('+') if axes else []
-  return groups.shape[1] == math.prod(shape[name] for name in names)
 
 
 def _value(attributes: str, key: str) -> str:

@@ -107,6 +107,53 @@ class Report:
     }
 
 
+def refusal(
+  config: Config,
+  topology: str,
+  slices: int,
+  *,
+  devices: int,
+  mesh: dict[str, int] | None,
+  memory: int,
+  peak: int | None,
+) -> dict[str, Any]:
+  """What `--json` writes where nothing fits: None is not known.
+
+  Args:
+    config: The recipe.
+    topology: Name of a slice.
+    slices: How many of them.
+    devices: In all slices.
+    mesh: Sizes of its axes; None after a search.
+    memory: Bytes that a device has.
+    peak: Bytes that it would need; None after a search.
+  """
+  sizes = [field.name for field in dataclasses.fields(Bytes)]
+  return {
+    'topology': topology,
+    'slices': slices,
+    'devices': devices,
+    'mesh': mesh,
+    'bytes_per_device': dict.fromkeys(sizes) | {'peak': peak},
+    'memory_per_device': memory,
+    'fits': False,
+    'collectives': None,
+    'kernels': None,
+    'estimated_cycles': None,
+    'seconds': dict.fromkeys(
+      ('compute', 'memory', 'network_blocking', 'network_overlapping')
+    ),
+    'bound': None,
+    'predicted_seconds': None,
+    'predicted_mfu': None,
+    'predicted_tokens_per_second_per_device': None,
+    'warning': WARNING,
+    'compile_seconds': None,
+    'versions': versions(),
+    'config': to_dict(config),
+  }
+
+
 def versions() -> dict[str, str]:
   """Those that a prediction depends on."""
   return {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}

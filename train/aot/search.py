@@ -1,8 +1,9 @@
 """Walks rematerialisation, batch and mesh, and ranks what fits.
 
-Each trial is a compilation, so the walk goes along lines: batches upwards for
-each policy in turn, on the mesh that splits parameters over all devices of a
-slice; then the best of those on the other meshes.
+These and accumulation (none) are chosen, whatever the recipe has; all else
+stays as it is there. Each trial is a compilation, so the walk goes along lines:
+batches upwards for each policy in turn, on the mesh that splits parameters over
+all devices of a slice; then the best of those on the other meshes.
 """
 
 import dataclasses
@@ -21,6 +22,10 @@ REMATS = ('none', 'minimal', 'full')
 _MOST_TENSOR = 8
 _WORTH = 1.02
 """A larger batch must bring so much speed for the next to be tried."""
+
+
+class NothingFitsError(UserError):
+  """No trial of a walk fits into memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,8 @@ def walk(
   """Compiles one config after another.
 
   Args:
-    config: The recipe; its remat policy, batch and mesh are where to begin.
+    config: The recipe; its remat policy, batch, mesh and accumulation do not
+      count.
     topology: Name of a slice.
     slices: How many of them.
     limit: Compilations, at most.
@@ -54,7 +60,8 @@ def walk(
     The trials that fit, by predicted tokens a second, best first.
 
   Raises:
-    UserError: no mesh fits the recipe, or nothing fits into memory.
+    UserError: no mesh fits the recipe.
+    NothingFitsError: nothing fits into memory.
   """
   config = with_vocabulary(config)
   devices = len(devices_of(topology, slices))
@@ -91,7 +98,9 @@ def walk(
     for mesh in others:
       attempt(mesh, best.config.model.remat, best.rows)
   if not found:
-    raise UserError(f'nothing that was tried fits into memory of {topology}')
+    raise NothingFitsError(
+      f'nothing that was tried fits into memory of {topology}'
+    )
   return sorted(found, key=_speed, reverse=True)
 
 
@@ -170,10 +179,13 @@ def describe(trial: Trial) -> str:
   )
 
 
-def options(trial: Trial) -> str:
-  """The command-line options of a trial."""
+def options(trial: Trial, recipe: Config) -> str:
+  """The command-line options that make a trial's config of the recipe's."""
   m, c = trial.config.mesh, trial.config
-  return (
-    f'--mesh.fsdp {m.fsdp} --mesh.tensor {m.tensor} --mesh.expert {m.expert} '
-    f'--model.remat {c.model.remat} --data.batch_size {c.data.batch_size}'
-  )
+  texts = [
+    f'--mesh.data {m.data}' if recipe.mesh.data != m.data else '',
+    f'--mesh.fsdp {m.fsdp} --mesh.tensor {m.tensor} --mesh.expert {m.expert}',
+    f'--model.remat {c.model.remat} --data.batch_size {c.data.batch_size}',
+    f'--accumulate {c.accumulate}' if recipe.accumulate != c.accumulate else '',
+  ]
+  return ' '.join(filter(None, texts))

@@ -1,11 +1,12 @@
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from train import recipes
 from train.__main__ import main as entry_point
-from train.aot import collectives, report, search, show, topology
+from train.aot import collectives, command, report, search, show, topology
 from train.aot import compile as compile_lib
 from train.aot.chips import CHIPS
 from train.aot.estimate import Estimate, Kernel
@@ -29,6 +30,8 @@ def run(capsys, *arguments):
     (['demo', '--topology', 'v5e:2x2x2'], 'a v5e slice has 2 dimensions'),
     (['demo', '--topology', 'v5p:2x2'], 'a v5p slice has 3 dimensions'),
     (['demo', '--topology', 'v5p:2x2x1', '--slices', '0'], 'not at least 1'),
+    (['demo', '--topology', 'v5p:2x2x1', '--slices', '400000'],
+     'argument --slices: 400000 is above 256'),
     (['demo', '--topology', 'v5p:2x2x1', '--json', '/nowhere/x'],
      '/nowhere/x cannot be written: No such file'),
     (['demo', '--topology', 'v5p:2x2x1', '--model.n_experts', '4'],
@@ -88,8 +91,11 @@ def compiles(monkeypatch):
     return made(config, seconds=slow * (1 + rows))
 
   devices = [object()] * 8
-  monkeypatch.setattr(search, 'devices_of', lambda name, slices: devices)
-  monkeypatch.setattr(search, 'make_mesh', lambda mesh, devices: mesh)
+  mesh = SimpleNamespace(shape={'data': 1, 'fsdp': 8})
+  for module in (search, topology):
+    monkeypatch.setattr(module, 'devices_of', lambda name, slices: devices)
+  for module in (search, command):
+    monkeypatch.setattr(module, 'make_mesh', lambda *_: mesh)
   monkeypatch.setattr(search, 'check', lambda config, mesh: None)
   monkeypatch.setattr(report, 'versions', dict)
   for module in (search, compile_lib):
@@ -146,8 +152,20 @@ def test_what_the_compiler_refuses_is_an_error_and_json(
   assert status == 2
   assert 'does not fit on v5p:2x2x2: it needs 200.0 GB' in error
   written = json.loads(out.read_text())
+  assert keys(written) == keys(made(recipes.get('demo')).to_json())
   assert written['fits'] is False
-  assert written['bytes_per_device'] == {'peak': 200 * 10**9}
+  assert written['devices'] == 8
+  assert written['mesh'] == {'data': 1, 'fsdp': 8}
+  assert written['bytes_per_device']['peak'] == 200 * 10**9
+  assert written['bytes_per_device']['temporary'] is None
+  assert written['memory_per_device'] == CHIPS['v5p'].hbm_bytes
+  assert written['predicted_seconds'] is None
+
+
+def keys(written):
+  """Those of a report, in order, with those of its parts."""
+  parts = ('bytes_per_device', 'seconds')
+  return list(written), [list(written[part]) for part in parts]
 
 
 def test_a_peak_above_the_memory_is_an_error_after_the_table(
@@ -190,13 +208,32 @@ def test_the_search_is_bounded(compiles, capsys):
   assert '3/3' in capsys.readouterr().out
 
 
-def test_nothing_fits(compiles, monkeypatch):
+def test_the_search_says_what_it_changed_of_the_recipe(compiles, capsys):
+  entry_point(
+    ['aot', 'demo', '--topology', 'v5p:2x2x2', '--search', '--accumulate', '2',
+     '--mesh.data', '2']
+  )  # fmt: skip
+  out = capsys.readouterr().out
+  assert 'the best: --mesh.data 0 --mesh.fsdp 4' in out
+  assert '--data.batch_size 32 --accumulate 1\n' in out
+
+
+def test_nothing_fits(compiles, capsys, monkeypatch, tmp_path):
   def compile_step(*args):
     raise compile_lib.DoesNotFitError(2, 1)
 
   monkeypatch.setattr(search, 'compile_step', compile_step)
-  with pytest.raises(UserError, match='nothing that was tried fits'):
-    search.walk(recipes.get('demo'), 'v5p:2x2x2', 1, 9, print)
+  out = tmp_path / 'aot.json'
+  status, error = run(
+    capsys, 'demo', '--topology', 'v5p:2x2x2', '--search', '--json', str(out)
+  )
+  assert status == 2
+  assert 'nothing that was tried fits into memory of v5p:2x2x2' in error
+  written = json.loads(out.read_text())
+  assert keys(written) == keys(made(recipes.get('demo')).to_json())
+  assert written['fits'] is False
+  assert written['mesh'] is None
+  assert written['bytes_per_device']['peak'] is None
 
 
 @pytest.mark.parametrize(

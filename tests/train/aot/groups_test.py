@@ -33,16 +33,15 @@ SHAPE = {'data': 2, 'fsdp': 2, 'tensor': 1, 'expert': 2}
 )  # fmt: skip
 def test_axes_of_groups(attributes, axes):
   groups = groups_lib.parse_groups(attributes, 8)
-  assert groups_lib.axes_of(groups, SHAPE) == axes
-  if 'pairs' not in attributes:
-    assert groups_lib.is_whole(groups, axes, SHAPE)
+  are_pairs = 'pairs' in attributes
+  assert groups_lib.axes_of(groups, SHAPE, are_pairs=are_pairs) == axes
 
 
-def test_groups_of_a_part_of_an_axis_are_not_whole():
-  shape = {'data': 1, 'fsdp': 8}
+def test_groups_of_a_part_of_their_axes_are_mixed():
   groups = groups_lib.parse_groups('replica_groups=[4,2]<=[8]', 8)
-  assert groups_lib.axes_of(groups, shape) == 'fsdp'
-  assert not groups_lib.is_whole(groups, 'fsdp', shape)
+  assert groups_lib.axes_of(groups, {'data': 1, 'fsdp': 8}) == groups_lib.MIXED
+  diagonal = groups_lib.parse_groups('replica_groups={{0,3},{1,2}}', 4)
+  assert groups_lib.axes_of(diagonal, {'data': 2, 'fsdp': 2}) == 'mixed'
 
 
 def test_groups_are_those_of_a_mesh_with_parts_of_axes():
