@@ -27,7 +27,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules gradpower_optax
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -55,6 +55,10 @@ def config_of(family, sizes=None, accumulate=1, **others):
   )
 
 
+# What the other family does is no other question, and takes minutes.
+FIRST = ['demo', pytest.param('demo_moe', marks=pytest.mark.slow)]
+
+
 @functools.cache
 def tokens():
   # Text of a kind, so that there is something to learn.
@@ -108,7 +112,7 @@ def test_micro_batches_have_the_same_losses(family, sizes):
   np.testing.assert_allclose(losses, alone(family), rtol=1e-5)
 
 
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family', FIRST)
 def test_a_mesh_of_three_axes_and_micro_batches(family):
   sizes = {'data': 2, 'fsdp': 2, 'expert': 2}
   losses = curve(config_of(family, sizes, accumulate=2), steps=3)
@@ -148,7 +152,7 @@ def parameter_bytes(family, sizes):
 SCALARS = 4096  # Bytes of losses, norms and what routers count, at most.
 
 
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family', FIRST)
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_copies_reduce_their_gradients_once(family, accumulate):
   found = collectives_of(family, (('data', 8),), accumulate)
@@ -158,7 +162,7 @@ def test_copies_reduce_their_gradients_once(family, accumulate):
   assert gradients <= moved < gradients + SCALARS
 
 
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family', FIRST)
 def test_copies_of_split_models_reduce_their_gradients_once(family):
   sizes = {'data': 2, 'fsdp': 4}
   found = collectives_of(family, tuple(sizes.items()), 4)
@@ -172,7 +176,7 @@ def test_copies_of_split_models_reduce_their_gradients_once(family):
   assert moved.get(('all-reduce', 'data+fsdp'), 0) < SCALARS
 
 
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family', FIRST)
 @pytest.mark.parametrize(
   'sizes', [{'data': 8}, {'fsdp': 4, 'tensor': 2}], ids=name_of
 )
@@ -201,6 +205,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('family', 'axis'), EXPECTED)
 def test_a_mesh_has_the_collectives_of_its_axis(family, axis):
   found = collectives_of(family, ((axis, 8),), 1)
@@ -208,6 +213,7 @@ def test_a_mesh_has_the_collectives_of_its_axis(family, axis):
   assert {kind for kind, _ in found} == EXPECTED[family, axis]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize(
   'sizes',
@@ -230,6 +236,7 @@ def test_weights_and_rows_move_and_nothing_else(sizes, accumulate):
   assert sent <= 2 * rows + SCALARS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', SMALL)
 def test_bfloat16_gradients_of_micro_batches_are_the_batchs(family):
   # Scanned, rematerialised, tied, with all losses: the paths that cast.
