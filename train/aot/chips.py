@@ -73,7 +73,8 @@ CHIPS = {
     # Peak, memory [G]; links, network [S]; clock 1.75 GHz [C].
     Chip('v6e', 918e12, 2**19, 32 * _GIB, 1.638e12, 9e10, 1.25e10, 2, 16),
     # Half of a chip's 2307 TFLOP/s, 192 GiB [G], 7.37 TB/s and 1.2 TB/s over
-    # six links both ways [I]; network as v6e; clock 2.2 GHz [C].
+    # six links both ways [I]; clock 2.2 GHz [C]. Its network between slices was
+    # not found: that of v6e is taken.
     Chip('tpu7x', 1153.5e12, 2**19, 96 * _GIB, 3.685e12, 5e10, 6.25e9, 3, 4),
   )
 }

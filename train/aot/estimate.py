@@ -53,6 +53,8 @@ class Estimate:
   """Of all operations that the compiler made an estimate of."""
   kernels: list[Kernel]
   """Those it could not."""
+  unknown: int
+  """How often the step runs others that it could not: left out."""
   compute: float
   """Seconds of matrix products and kernels."""
   memory: float
@@ -88,10 +90,11 @@ def estimate(
     collectives: Its own, from `train.aot.collectives`.
     chip: That it was compiled for.
   """
-  products = others = 0
+  products = others = unknown = 0
   for run in program.runs():
     if run.fused or run.is_async:
       continue
+    unknown += run.times * run.instruction.is_unknown
     cycles = run.times * run.instruction.cycles
     if has_product(program, run.instruction):
       products += cycles
@@ -102,6 +105,7 @@ def estimate(
   return Estimate(
     cycles=products + others,
     kernels=kernels,
+    unknown=unknown,
     compute=products / chip.clock
     + kernel_flops / (KERNEL_EFFICIENCY * chip.peak_flops),
     memory=others / chip.clock,

@@ -19,6 +19,7 @@ _OPERAND = re.compile(r'%([\w.\-]+)')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]')
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1
 # Values that pass through these unchanged.
 _TRANSPARENT = ('copy', 'bitcast', 'convert')
 
@@ -49,7 +50,13 @@ class Instruction:
   def cycles(self) -> int:
     """The compiler's estimate, 0 where it made none."""
     found = _CYCLES.search(self.attributes)
-    return int(found[1]) if found else 0
+    return 0 if found is None or self.is_unknown else int(found[1])
+
+  @property
+  def is_unknown(self) -> bool:
+    """Whether the compiler says that it cannot estimate it."""
+    found = _CYCLES.search(self.attributes)
+    return found is not None and int(found[1]) == _NO_ESTIMATE
 
   def called(self, attribute: str) -> str:
     """Name of the computation in an attribute such as 'body'; '' if none."""

@@ -90,6 +90,7 @@ class Report:
       'collectives': collectives_lib.totals(self.collectives),
       'kernels': [dataclasses.asdict(kernel) for kernel in e.kernels],
       'estimated_cycles': e.cycles,
+      'operations_without_estimate': e.unknown,
       'seconds': {
         'compute': e.compute,
         'memory': e.memory,
@@ -140,6 +141,7 @@ def refusal(
     'collectives': None,
     'kernels': None,
     'estimated_cycles': None,
+    'operations_without_estimate': None,
     'seconds': dict.fromkeys(
       ('compute', 'memory', 'network_blocking', 'network_overlapping')
     ),

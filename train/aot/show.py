@@ -92,6 +92,11 @@ def table(report: Report) -> str:
     f'{r.tokens_per_second:,.0f} tokens/s a device; MFU {r.mfu:.1%} of '
     f'{r.chip.peak_flops / 1e12:,.0f} TFLOP/s,',
     'by 6 x matmul parameters + 12 x layers x width x length a token.',
+    *(
+      [f'Left out: {e.unknown:,} operations that the compiler cannot estimate.']
+      if e.unknown
+      else []
+    ),
     WARNING,
   ]
   return '\n'.join(lines)

@@ -68,7 +68,7 @@ def made(config, seconds=0.01, peak=10**9):
       collectives.Collective('all-reduce', 'data', 1, 500, 1e-6, False),
     ],
     estimate=Estimate(
-      10**6, [Kernel('splash_mha_fwd', 3, 10**9)], seconds, 0.0, 0.0, 0.0
+      10**6, [Kernel('splash_mha_fwd', 3, 10**9)], 0, seconds, 0.0, 0.0, 0.0
     ),
     compile_seconds=1.0,
     text='HloModule f',

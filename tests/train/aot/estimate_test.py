@@ -95,7 +95,7 @@ def test_time_of_products_kernels_and_the_rest():
 def test_collectives_hide_behind_computation_or_do_not(
   beside, blocking, seconds, bound
 ):
-  got = estimate_lib.Estimate(0, [], 2.0, 1.0, blocking, beside)
+  got = estimate_lib.Estimate(0, [], 0, 2.0, 1.0, blocking, beside)
   assert got.seconds == pytest.approx(seconds)
   assert got.bound == bound
 
@@ -134,3 +134,14 @@ def test_published_clocks():
 )
 def test_rings_of_a_slice(chip, shape, rings):
   assert CHIPS[chip].rings(shape) == rings
+
+
+def test_what_the_compiler_cannot_estimate_is_left_out_and_counted():
+  largest = str(2**63 - 1)
+  text = TEXT.replace(
+    '"estimated_cycles":"7000"', f'"estimated_cycles":"{largest}"'
+  )
+  got = estimate_lib.estimate(hlo.parse(text), [], CHIP)
+  assert got.cycles == 1750
+  assert got.unknown == 1
+  assert estimate_lib.estimate(hlo.parse(TEXT), [], CHIP).unknown == 0
