@@ -1,6 +1,7 @@
 """Losses and gradients compiled for TPUs that are not there: `not run`."""
 
 import importlib.util
+import math
 import pathlib
 import re
 
@@ -74,9 +75,13 @@ def test_a_tpu_gets_its_kernels_once(config, sizes, experts):
   whole = BATCH * LENGTH
   shapes = re.findall(r'(?:f32|bf16)\[([\d,]+)\]', text)
   sizes = [[int(n) for n in shape.split(',')] for shape in shapes]
+  share = whole * config.d_model // sharding.ways(mesh, 'batch')
   for shape in sizes:
     assert not (whole in shape and config.d_model in shape), shape
-    assert shape[:2] != [BATCH, LENGTH], shape
+    # Rows of the embedding, before they travel, are of the whole batch but of
+    # a part of the width.
+    if shape[:2] == [BATCH, LENGTH]:
+      assert math.prod(shape) <= share, shape
   # Gradients leave where the parameters are: no more bytes than those.
   memory = compiled.memory_analysis()
   assert memory.output_size_in_bytes < 1.1 * memory.argument_size_in_bytes
