@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks.timing import Parser, check_writable, machine_facts, write_json
 from models.config import LlamaConfig
-from train.aot import collectives
 from train.aot.compile import compile_step
 from train.aot.report import WARNING, versions
 from train.aot.topology import devices_of
@@ -30,6 +29,12 @@ TOPOLOGIES = (
 )  # fmt: skip
 CUBE = 64
 """Chips that share the parameters (fsdp), at most."""
+_KEPT = (
+  'topology', 'devices', 'mesh', 'bytes_per_device', 'collectives',
+  'estimated_cycles', 'seconds', 'bound', 'predicted_seconds', 'predicted_mfu',
+  'compile_seconds',
+)  # fmt: skip
+"""Of a report's JSON."""
 ROWS = 4
 """Sequences a device."""
 MODEL = LlamaConfig(
@@ -61,25 +66,8 @@ def point(topology: str) -> dict[str, Any]:
   """
   config = config_for(len(devices_of(topology)))
   report = compile_step(config, topology)
-  e = report.estimate
-  return {
-    'topology': topology,
-    'devices': report.devices,
-    'mesh': report.mesh,
-    'bytes_per_device': dataclasses.asdict(report.bytes),
-    'collectives': collectives.totals(report.collectives),
-    'estimated_cycles': e.cycles,
-    'seconds': {
-      'compute': e.compute,
-      'memory': e.memory,
-      'network_blocking': e.blocking,
-      'network_overlapping': e.overlapping,
-    },
-    'bound': e.bound,
-    'predicted_seconds': e.seconds,
-    'predicted_mfu': report.mfu,
-    'compile_seconds': report.compile_seconds,
-  }
+  written = report.to_json()
+  return {key: written[key] for key in _KEPT}
 
 
 def line(one: dict[str, Any]) -> str:

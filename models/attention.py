@@ -144,8 +144,7 @@ def _on_shards(mesh: Mesh | None, local, q_BTNH, *rest):
   """
   if mesh is None:
     return local(q_BTNH, *rest)
-  divided = sharding.divides(mesh, q_BTNH.shape[0], 'batch')
-  batch = 'batch' if divided else None
+  batch = sharding.divided(mesh, q_BTNH.shape[0], 'batch')
   heads = sharding.spec(batch, 'length', 'heads', 'head_dim')
   tokens = sharding.spec(batch, 'length')
   by_rank = {4: heads, 2: tokens, 0: PartitionSpec()}

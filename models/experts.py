@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from models import exchange
 from models.grouped import grouped_matmul
-from models.sharding import RULES, divides, island, platform, spec
+from models.sharding import RULES, divided, divides, island, platform, spec
 
 
 # Outside of jit it is compiled once, not at every call; inside it is inlined.
@@ -58,8 +58,7 @@ def experts(
   wide = spec('experts', None, 'expert_mlp')
   narrow = spec('experts', 'expert_mlp', None)
   # A batch that the mesh does not divide is everybody's.
-  split = divides(mesh, len(x_BTD), 'batch')
-  tokens = spec('batch' if split else None, None, None)
+  tokens = spec(divided(mesh, len(x_BTD), 'batch'), None, None)
 
   def body(*operands):
     ranks = mesh.shape['expert']

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from models.config import Qwen2MoeConfig
 from models.experts import experts
 from models.layers import SwiGLU, normal_param, product
-from models.sharding import constrain, divides, island, spec
+from models.sharding import constrain, divided, island, spec
 
 
 class RouterSums(NamedTuple):
@@ -97,8 +97,7 @@ class Moe(nnx.Module):
     local = functools.partial(route, config=self.config)
     if mesh is None or mesh.size == 1:
       return local(logits_BTE, mask_BT)
-    split = divides(mesh, len(logits_BTE), 'batch')
-    tokens = spec('batch' if split else None, mesh=mesh)
+    tokens = spec(divided(mesh, len(logits_BTE), 'batch'), mesh=mesh)
     return island(local, mesh, in_specs=(tokens, tokens), out_specs=tokens)(
       logits_BTE, mask_BT
     )

@@ -3,7 +3,11 @@
 Every parameter and activation names its axes by what they mean; `RULES` says
 which mesh axes split them. Mesh axes are Auto: the compiler partitions what
 lies between the constraints, and kernels that it cannot are islands of
-`jax.shard_map`.
+`jax.shard_map`, made by `island`.
+
+All of it works inside of a `jax.shard_map` over some of the axes too, such as
+the train step's over 'data': there those axes are out of sight, arrays are one
+device's part along them, and sums over them are the caller's.
 """
 
 import math
@@ -169,9 +173,8 @@ def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
   """
   if mesh is None or mesh.size == 1:
     return x
-  first = names[0]
-  if first in ('batch', 'rows') and not divides(mesh, x.shape[0], first):
-    names = (None, *names[1:])
+  if names[0] in ('batch', 'rows'):
+    names = divided(mesh, x.shape[0], names[0]), *names[1:]
   place = NamedSharding(_seen(mesh), spec(*names))
   return jax.lax.with_sharding_constraint(x, place)
 
@@ -179,6 +182,11 @@ def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
 def divides(mesh: Mesh, size: int, name: str) -> bool:
   """Whether the visible mesh axes of a logical axis divide its size."""
   return size % ways(mesh, name) == 0
+
+
+def divided(mesh: Mesh, size: int, name: str) -> str | None:
+  """The name of a logical axis, or None where it cannot be split evenly."""
+  return name if divides(mesh, size, name) else None
 
 
 def param(value: jax.Array, *names: str, is_cast: bool = False) -> nnx.Param:

@@ -48,7 +48,7 @@ def check(config: Config, mesh: Mesh) -> None:
   Raises:
     UserError: naming the option to change.
   """
-  ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  ways = sharding.ways(mesh, 'batch')
   if config.data.batch_size % (ways * config.accumulate):
     micro = f' x --accumulate ({config.accumulate})'
     raise UserError(

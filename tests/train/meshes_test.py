@@ -6,6 +6,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from train import recipes, step
@@ -266,11 +267,4 @@ def first_moment(config, devices):
   place = programs.batch['tokens'].sharding
   batch = {'tokens': jax.device_put(tokens()[0], place)}
   state, _ = programs.train_step(programs.init(), batch)
-  (adam,) = [
-    x
-    for x in jax.tree.leaves(
-      state.opt_state, is_leaf=lambda x: hasattr(x, 'mu')
-    )
-    if hasattr(x, 'mu')
-  ]
-  return jax.device_get(adam.mu)
+  return jax.device_get(optax.tree.get(state.opt_state, 'mu'))

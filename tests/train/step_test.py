@@ -216,14 +216,8 @@ def test_each_array_lies_where_the_mesh_says():
     after,
     programs.state,
   )
-  (adam,) = [
-    part
-    for part in jax.tree.leaves(
-      after.opt_state, is_leaf=lambda x: hasattr(x, 'mu')
-    )
-    if hasattr(part, 'mu')
-  ]
-  for tree in (after.params, adam.mu, adam.nu):
+  moments = [optax.tree.get(after.opt_state, name) for name in ('mu', 'nu')]
+  for tree in (after.params, *moments):
     parts = {s.data.shape for s in tree['embedding'].addressable_shards}
     assert parts == {(129, 8)}  # Vocabulary over tensor, width over fsdp.
 

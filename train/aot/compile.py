@@ -111,10 +111,6 @@ def _bytes(memory: Any, step: Programs) -> Bytes:
   temporary = memory.temp_size_in_bytes
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
   parameters = held(step.state.params)
-  gradients = sum(
-    4 * math.prod(x.sharding.shard_shape(x.shape))
-    for x in jax.tree.leaves(step.state.params)
-  )
   # Older plugins do not tell.
   peak = memory.peak_memory_in_bytes or arguments + temporary + kept
   return Bytes(
@@ -123,7 +119,8 @@ def _bytes(memory: Any, step: Programs) -> Bytes:
     peak=peak,
     parameters=parameters,
     moments=held(step.state.opt_state),
-    activations=max(0, peak - arguments - gradients),
+    # Gradients are as large as the parameters, float32 as well.
+    activations=max(0, peak - arguments - parameters),
   )
 
 
