@@ -161,6 +161,51 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """Which steps change nothing: `train/guard.py`."""
+
+  bad_steps: int = 10
+  """The run stops after so many steps in a row whose loss or gradient was not
+  finite."""
+  spike: float = 0.0
+  """Skips a step whose loss or gradient norm lies so many standard deviations
+  above its running mean; 0 for none."""
+
+  def __post_init__(self):
+    """Checks the range of each field.
+
+    Raises:
+      UserError: naming the option that is out of range.
+    """
+    _require_least(self, 'guard.', 'bad_steps', 1)
+    if not 0 <= self.spike < _LARGEST_FLOAT32:
+      raise errors.UserError(
+        f'--guard.spike must be zero or more, not {self.spike}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepConfig:
+  """Which checkpoints stay: the last, the best, and one every so often."""
+
+  last: int = 2
+  """The newest so many."""
+  best: bool = True
+  """Of those saved at a step that was evaluated, that of the lowest loss."""
+  every: int = 0
+  """Those of each multiple of so many steps; 0 for none."""
+
+  def __post_init__(self):
+    """Checks the range of each field.
+
+    Raises:
+      UserError: naming the option that is out of range.
+    """
+    _require_least(self, 'keep.', 'last', 1)
+    _require_least(self, 'keep.', 'every', 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run."""
 
@@ -185,6 +230,13 @@ class Config:
   """Steps between evaluations on the held-out split; also at the end."""
   save_every: int = 100
   """Steps between checkpoints; also at the end."""
+  keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
+  """The checkpoints."""
+  guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+  """Against losses and gradients that are no use."""
+  deterministic: bool = False
+  """On a GPU: only operations, and one choice of kernels, that give the same
+  bits each time. A CPU and a TPU do so anyway."""
 
   def __post_init__(self):
     """Checks the range of each field and what must fit together.
