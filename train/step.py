@@ -20,7 +20,8 @@ from models.decoder import (
   mean_losses,
   total_loss,
 )  # fmt: skip
-from train.config import Config
+from train import guard
+from train.config import Config, GuardConfig
 from train.mesh import batch_sharding, check, replicated
 from train.optimizer import Optimizer, make_optimizer
 
@@ -48,8 +49,10 @@ class TrainState(NamedTuple):
   """Nested dict of float32 arrays."""
   opt_state: optax.OptState
   """Of the chain in `train/optimizer.py`."""
+  guard: guard.Guard
+  """Which steps have changed nothing."""
   step: jax.Array
-  """int32 scalar: steps taken."""
+  """int32 scalar: steps taken, those too: the next batch's number."""
 
 
 class Programs(NamedTuple):
@@ -96,7 +99,10 @@ def programs(config: Config, mesh: Mesh) -> Programs:
     transform_non_params=lambda _: whole,
   )
   shardings = shapes._replace(
-    params=of_params, opt_state=of_opt_state, step=whole
+    params=of_params,
+    opt_state=of_opt_state,
+    guard=jax.tree.map(lambda _: whole, shapes.guard),
+    step=whole,
   )
   state = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -108,7 +114,7 @@ def programs(config: Config, mesh: Mesh) -> Programs:
     (rows, length + 1), jnp.int32, sharding=batch_sharding(mesh)
   )
   step = functools.partial(
-    train_step, graph, optimizer, mesh, config.accumulate
+    train_step, graph, optimizer, config.guard, mesh, config.accumulate
   )
   platform = sharding.platform(mesh)
   return Programs(
@@ -152,7 +158,9 @@ def init(
 
   def make_state():
     params = nnx.to_pure_dict(nnx.state(model(), nnx.Param))
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(
+      params, optimizer.init(params), guard.init(), jnp.zeros((), jnp.int32)
+    )
 
   return make_state, graph
 
@@ -160,6 +168,7 @@ def init(
 def train_step(
   graph: nnx.GraphDef,
   optimizer: Optimizer,
+  guarded: GuardConfig,
   mesh: Mesh,
   accumulate: int,
   state: TrainState,
@@ -170,6 +179,7 @@ def train_step(
   Args:
     graph: The model's structure; static.
     optimizer: Of `train/optimizer.py`; static.
+    guarded: Which steps change nothing but counts; static.
     mesh: Where it runs; static.
     accumulate: Micro-batches to take the batch in; static.
     state: To be donated.
@@ -177,17 +187,24 @@ def train_step(
 
   Returns:
     The state after the step; and of before it `models.decoder.mean_losses`,
-    with 'expert_load_max', (layers,), in the place of 'expert_load'; and the
-    norms that the optimizer measured.
+    with 'expert_load_max', (layers,), in the place of 'expert_load'; the norms
+    that the optimizer measured; and of after it the int32 'skipped' and
+    'bad_in_row' of `train.guard.Guard`.
   """
   grads, metrics = _gradients(graph, mesh, accumulate, state.params, batch)
   updates, opt_state, norms = optimizer.update(
     grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
+  take, watch = guard.judge(guarded, state.guard, metrics['loss'], norms)
+  params, opt_state = guard.keep(
+    take, (params, opt_state), (state.params, state.opt_state)
+  )
+  counts = {'skipped': watch.skipped, 'bad_in_row': watch.bad_in_row}
   if 'expert_load' in metrics:
     metrics['expert_load_max'] = jnp.max(metrics.pop('expert_load'), axis=1)
-  return TrainState(params, opt_state, state.step + 1), metrics | norms
+  after = TrainState(params, opt_state, watch, state.step + 1)
+  return after, metrics | norms | counts
 
 
 def _gradients(graph, mesh, accumulate, params, batch):

@@ -32,7 +32,9 @@ BATCH = {'tokens': TOKENS}
 OPTIMIZER = make_optimizer(CONFIG)
 ALONE = make_mesh(CONFIG.mesh, jax.devices()[:1])
 MAKE_STATE, GRAPH = step_lib.init(CONFIG, OPTIMIZER, ALONE)
-PURE_STEP = functools.partial(step_lib.train_step, GRAPH, OPTIMIZER, ALONE, 1)
+PURE_STEP = functools.partial(
+  step_lib.train_step, GRAPH, OPTIMIZER, CONFIG.guard, ALONE, 1
+)
 
 
 @functools.cache
@@ -192,7 +194,7 @@ def test_padding_weighs_the_same_in_any_micro_batch(accumulate):
   weights = np.zeros((8, 12), np.float32)
   weights[0, :1] = weights[4:] = 1
   step = functools.partial(
-    step_lib.train_step, GRAPH, OPTIMIZER, ALONE, accumulate
+    step_lib.train_step, GRAPH, OPTIMIZER, CONFIG.guard, ALONE, accumulate
   )
   _, metrics = jax.jit(step)(fresh(), BATCH | {'weights': weights})
   losses = cross_entropy(logits(), TOKENS[:, 1:])
@@ -243,3 +245,25 @@ def test_initial_parameters_depend_on_the_seed_alone():
   jax.tree.map(np.testing.assert_array_equal, same, initial().params)
   other = params(dataclasses.replace(CONFIG, seed=6))
   assert not jnp.array_equal(other['embedding'], same['embedding'])
+
+
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(where):
+  once, _ = TRAIN_STEP(fresh(), BATCH)
+  poison = np.ones((8, 12), np.float32)
+  poison[2, 3] = np.nan if where == 'loss' else 3e38
+  spoilt, metrics = TRAIN_STEP(once, BATCH | {'weights': poison})
+  for name in ('params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(spoilt, name), getattr(once, name)
+    )
+  assert spoilt.step == 2
+  assert metrics['skipped'] == metrics['bad_in_row'] == 1
+  # The next batch is taken as if that one had not been.
+  after, metrics = TRAIN_STEP(spoilt, BATCH)
+  twice, _ = TRAIN_STEP(once, BATCH)
+  for name in ('params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(after, name), getattr(twice, name)
+    )
+  assert (metrics['skipped'], metrics['bad_in_row']) == (1, 0)
