@@ -55,6 +55,8 @@ class Optimizer(NamedTuple):
   """(gradients, state, parameters) to updates, state, and float32 scalars:
   global norms 'grad_norm' before clipping, 'clipped_norm' after it and
   'powered_norm' after the power."""
+  powered: Callable[[Any], Any]
+  """Gradients to what the base optimizer takes: clipped, then powered."""
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -79,9 +81,9 @@ def make_optimizer(config: Config) -> Optimizer:
 
   def update(grads, state, params):
     norm = optax.tree.norm(grads)
-    powered, powered_norm = _clip_and_power(c, grads, norm)
+    into_adamw, powered_norm = _clip_and_power(c, grads, norm)
     *others, of_adamw = state
-    updates, of_adamw = adamw.update(powered, of_adamw, params)
+    updates, of_adamw = adamw.update(into_adamw, of_adamw, params)
     norms = {
       'grad_norm': norm,
       'clipped_norm': _clip(c, norm, norm),
@@ -89,7 +91,10 @@ def make_optimizer(config: Config) -> Optimizer:
     }
     return updates, (*others, of_adamw), norms
 
-  return Optimizer(chain.init, update)
+  def powered(grads):
+    return _clip_and_power(c, grads, optax.tree.norm(grads))[0]
+
+  return Optimizer(chain.init, update, powered)
 
 
 def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:

@@ -191,7 +191,7 @@ def train_step(
     that the optimizer measured; and of after it the int32 'skipped' and
     'bad_in_row' of `train.guard.Guard`.
   """
-  grads, metrics = _gradients(graph, mesh, accumulate, state.params, batch)
+  grads, metrics = gradients(graph, mesh, accumulate, state.params, batch)
   updates, opt_state, norms = optimizer.update(
     grads, state.opt_state, state.params
   )
@@ -207,8 +207,14 @@ def train_step(
   return after, metrics | norms | counts
 
 
-def _gradients(graph, mesh, accumulate, params, batch):
-  """Gradients of the mean loss of a batch, and the losses.
+def gradients(
+  graph: nnx.GraphDef,
+  mesh: Mesh,
+  accumulate: int,
+  params: Params,
+  batch: dict[str, jax.Array],
+) -> tuple[Params, dict[str, jax.Array]]:
+  """Gradients of the mean loss of a batch, and its `mean_losses`.
 
   Each micro-batch's loss is divided by the counts of the whole batch, so that
   gradients add up to the batch's. Copies of the model along 'data' add up
