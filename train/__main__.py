@@ -7,13 +7,13 @@ import signal
 import sys
 
 _PROG = 'python -m train'
-_NEEDED = ('flax', 'jax', 'ml_dtypes', 'optax')
+_NEEDED = ('etils.epath', 'flax', 'jax', 'ml_dtypes', 'optax')
 _TO_SAMPLE = (
-  'etils.epath', 'grain', 'orbax.checkpoint', 'safetensors', 'tokenizers',
+  'grain', 'orbax.checkpoint', 'safetensors', 'tokenizers',
 )  # fmt: skip
 _TO_TRAIN = (
-  'array_record', 'etils.epath', 'grain', 'orbax.checkpoint',
-  'tensorflow_datasets', 'tokenizers', 'tqdm',
+  'array_record', 'grain', 'orbax.checkpoint', 'rich',
+  'tensorflow_datasets', 'tokenizers',
 )  # fmt: skip
 # Beyond what every command needs.
 _NEEDED_BY = {'demo': _TO_TRAIN, 'run': _TO_TRAIN, 'sample': _TO_SAMPLE}
@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     argv: The command line after the program's name.
 
   Returns:
-    The exit status: 0 done or stopped as asked, 2 a mistake in the input, 130
-    interrupted.
+    The exit status: 0 done or stopped as asked, 2 a mistake in the input, 3
+    diverged, 75 preempted, 130 interrupted.
   """
   argv = sys.argv[1:] if argv is None else argv
   needed = {*_NEEDED, *_NEEDED_BY.get(argv[0] if argv else '', ())}
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
   except errors.UserError as error:
     if not error.shared or _is_main():
       print(f'{_PROG}: error: {error}', file=sys.stderr)
-    return 2
+    return error.status
   except KeyboardInterrupt:
     print(f'\n{_PROG}: interrupted', file=sys.stderr)
     return 130

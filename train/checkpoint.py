@@ -2,224 +2,259 @@
 
 The state holds all that a step reads; batch i is a pure function of (seed, i),
 so the step count is also the position in the data.
+
+A checkpoint is complete once its manifest (`train/manifest.py`) is there, after
+Orbax has committed all else; what has none, or is not what it says, is never
+restored.
 """
 
-import errno
-import functools
+import contextlib
+import dataclasses
 import logging
-import os
-import pathlib
-import sys
+import queue
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
+from etils import epath
 
+from train import manifest, retention, state_files, step_dirs
+from train.agreement import Agreement, SharedError, in_main, share
+from train.config import KeepConfig
 from train.errors import UserError
+from train.save_job import Outcome, SaveJob
+from train.storage import one_line_errors
 
-_KEPT = 2
-_MISFITS = (ValueError, KeyError, TypeError, FileNotFoundError)
+_logger = logging.getLogger('train')
 
 
-class _Manager(ocp.CheckpointManager):
-  """Orbax's, which leaves signals to the loop."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A state that was saved."""
 
-  def reached_preemption(self, step: int) -> bool:
-    """Asks nothing: JAX counts who has asked (`train/interrupt.py`)."""
-    del step
-    return False
+  step: int
+  """How many were taken."""
+  state: Any
+  """As asked for."""
+  refused: list[tuple[int, str]]
+  """Newer steps that were passed over, each with the reason in a few words."""
 
 
 class Checkpoints:
-  """The checkpoints of one run directory, newest last.
+  """The checkpoints of one run directory, used by all processes alike."""
 
-  A save becomes visible under its step's name only once it is complete.
-  """
+  def __init__(
+    self, directory: epath.PathLike, keep: KeepConfig, facts: Mapping[str, Any]
+  ):
+    """Takes away what saves that were cut off have left.
 
-  def __init__(self, directory: pathlib.Path):
-    _quiet()
-    self._directory = directory
-    with self._one_line_errors():
-      self._manager = _Manager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=_KEPT, cleanup_tmp_directories=True
-        ),
-      )
-
-  def latest_step(self) -> int | None:
-    """The newest complete checkpoint's step; None where there is none."""
-    return self._manager.latest_step()
-
-  def save(self, step: int, state: Any) -> None:
-    """Starts saving; the arrays are copied first, so they may be donated.
+    Args:
+      directory: Made where it is missing.
+      keep: Which to keep.
+      facts: Told in each manifest; JSON.
 
     Raises:
-      UserError: the disk is full; also where an earlier save found it full.
+      UserError: the directory cannot be written.
     """
-    with self._one_line_errors():
-      self._manager.save(
-        step, args=ocp.args.StandardSave(_without_empty(state))
-      )
+    self._directory = step_dirs.absolute(directory)
+    self._keep = keep
+    self._facts = facts
+    self._losses: dict[int, float | None] = {}  # Of complete ones.
+    self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    self._save: SaveJob | None = None  # The last.
+    talk = self._agreement('write')
+    with _shared_errors():
+      talk.meet('opening', lambda: in_main(step_dirs.clear, self._directory))
 
-  def restore(self, step: int, abstract_state: Any) -> Any:
-    """Returns the state of a step, placed as abstract_state's shardings say.
+  def steps(self) -> list[int]:
+    """Those that are complete, ascending."""
+    found = step_dirs.present(self._directory)
+    return [step for step, complete in found if complete]
+
+  def restore(self, abstract_state: Any) -> Restored | None:
+    """The newest state whose files are what was saved; changes nothing.
+
+    Args:
+      abstract_state: Shapes, dtypes and shardings.
+
+    Returns:
+      The same step in all processes; None where none was ever complete.
 
     Raises:
-      UserError: the checkpoint does not hold such a state.
+      UserError: there are complete ones and all are damaged, or the one to
+        restore holds another state.
     """
-    try:
-      stored = self._manager.restore(
-        step, args=ocp.args.StandardRestore(_without_empty(abstract_state))
-      )
-      return _with_empty(stored, abstract_state)
-    except _MISFITS as error:
-      raise UserError(
-        f'cannot restore step {step} from {self._directory}: remove its '
-        f'directory {step} to go on from an earlier one ({_reason(error)})'
-      ) from error
+    talk = self._agreement('read')
+    with _shared_errors():
+      found = talk.meet(
+        'listing', lambda: in_main(step_dirs.present, self._directory)
+      )[0]
+    refused = []
+    for step, _ in reversed(found):
+      try:
+        self._verify(talk, step)
+      except SharedError as error:
+        refused.append((step, str(error)))
+        continue
+      return Restored(step, self._read(step, abstract_state), refused)
+    if any(complete for _, complete in found):
+      none = _none_left(self._directory, refused)
+      none.shared = True
+      raise none
+    return None
 
-  def wait(self) -> None:
-    """Waits for the save under way.
+  def save(
+    self, step: int, state: Any, validation_loss: float | None = None
+  ) -> None:
+    """Starts saving, once the save before has ended.
 
-    Raises:
-      UserError: the disk was full.
+    What goes wrong, a full disk say, is told by its `Outcome`.
+
+    Args:
+      step: How many were taken; a checkpoint of so many is replaced.
+      state: Copied first: its arrays may be donated.
+      validation_loss: Nats a token, where this step was evaluated.
     """
-    with self._one_line_errors():
-      self._manager.wait_until_finished()
+
+    def ended(outcome):
+      if not outcome.error:
+        in_main(self._retire, step, validation_loss)
+      self._outcomes.put(outcome)
+
+    self.close()
+    before = self._save
+    self._save = SaveJob(self._directory, step, validation_loss, self._facts)
+    self._save.start(state, ended)
+    if before is not None:
+      before.forget()
+
+  def finished(self) -> list[Outcome]:
+    """Of the saves that have ended since last asked; waits for none."""
+    outcomes = []
+    while not self._outcomes.empty():
+      outcomes.append(self._outcomes.get())
+    return outcomes
+
+  def wait(self) -> list[Outcome]:
+    """As `finished`, after the save under way."""
+    self.close()
+    return self.finished()
 
   def close(self) -> None:
-    """Waits, then lets go of the directory.
+    """Waits for the save under way."""
+    if self._save is not None:
+      self._save.wait()
 
-    Raises:
-      UserError: the disk was full.
-    """
-    with self._one_line_errors():
-      self._manager.close()
+  def _agreement(self, verb: str) -> Agreement:
+    return Agreement(
+      lambda error: step_dirs.reason(error, self._directory, verb)
+    )
 
-  def _one_line_errors(self):
-    return one_line_errors(self._directory)
+  def _retire(self, newest: int, validation_loss: float | None) -> None:
+    """Removes what the rules do not keep, and what is not complete."""
+    try:
+      for step in set(self.steps()) - self._losses.keys():
+        with contextlib.suppress(manifest.DamagedError):
+          content = manifest.read(self._directory / str(step), step)
+          self._losses[step] = content['validation_loss']
+      self._losses[newest] = validation_loss
+      steps = retention.kept(self._losses, self._keep, newest)
+      for step, _ in step_dirs.present(self._directory):
+        if step not in steps:
+          self._losses.pop(step, None)
+          step_dirs.remove(self._directory, step)
+    except Exception as error:  # They go at the next save.
+      _logger.warning(
+        'warning: %s', step_dirs.reason(error, self._directory, 'write')
+      )
+
+  def _verify(self, talk: Agreement, step: int) -> None:
+    """Each process reads its share of the files."""
+    directory = self._directory / str(step)
+    files = talk.meet(
+      'reading a manifest',
+      lambda: in_main(lambda: manifest.read(directory, step)['files']),
+    )[0]
+    mine = {name: files[name] for name in share(sorted(files))}
+    talk.meet('verifying', lambda: manifest.check(directory, mine))
+
+  def _read(self, step: int, abstract_state: Any) -> Any:
+    try:
+      return state_files.read(self._directory / str(step), abstract_state)
+    except state_files.MISFITS as error:
+      raise UserError(
+        f'cannot restore step {step} from {self._directory} '
+        f'({step_dirs.first(error)})'
+      ) from error
 
 
 def restore_params(
-  directory: pathlib.Path, abstract_params: Any, step: int | None = None
+  directory: epath.PathLike, abstract_params: Any, step: int | None = None
 ) -> Any:
   """Reads the parameters alone; changes nothing, a run may be under way.
 
   Args:
     directory: The checkpoints of a run.
     abstract_params: Shapes, dtypes and shardings.
-    step: Which one; None for the latest.
+    step: Which one; None for the newest that is what was saved. Of those that
+      are passed over it warns.
 
   Returns:
     The arrays, in the tree of abstract_params.
 
   Raises:
-    UserError: there is no such checkpoint, or it does not hold these.
+    UserError: there is no such checkpoint, it is damaged, or it does not hold
+      these.
   """
-  _quiet()
-  if not directory.is_dir():
+  directory = step_dirs.absolute(directory)
+  step = _intact(directory, step)
+  try:
+    return state_files.read_params(directory / str(step), abstract_params)
+  except state_files.MISFITS as error:
+    raise UserError(
+      f'cannot read step {step} from {directory} ({step_dirs.first(error)})'
+    ) from error
+
+
+def _intact(directory: epath.Path, wanted: int | None) -> int:
+  """The step wanted, or the newest, whose files are what was saved."""
+  with one_line_errors(directory):
+    found = step_dirs.present(directory)
+  steps = [step for step, complete in found if complete]
+  if wanted is None and not steps:
     raise UserError(f'there is no checkpoint yet in {directory}')
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps:
-      raise UserError(f'there is no checkpoint yet in {directory}')
-    if step is None:
-      step = steps[-1]
-    if step not in steps:
-      raise UserError(
-        f'there is no step {step} in {directory}, only '
-        f'{", ".join(map(str, steps))}'
-      )
-    wanted = {'params': _without_empty(abstract_params)}
-    how = ocp.args.PyTreeRestore(
-      item=wanted,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-      partial_restore=True,
+  if wanted is not None and wanted not in dict(found):
+    raise UserError(
+      f'there is no step {wanted} in {directory}, only '
+      f'{", ".join(map(str, steps)) or "none"}'
     )
+  refused: list[tuple[int, str]] = []
+  for step in [step for step, _ in reversed(found) if wanted in (None, step)]:
+    path = directory / str(step)
     try:
-      stored = manager.restore(step, args=how)['params']
-      params = _with_empty(stored, abstract_params)
-      # What is not in the checkpoint comes back as it was asked for.
-      if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
-        raise ValueError('it lacks parameters')
-    except _MISFITS as error:
-      raise UserError(
-        f'cannot read step {step} from {directory} ({_reason(error)})'
-      ) from error
-  return params
+      manifest.check(path, manifest.read(path, step)['files'])
+    except Exception as error:  # Each store's client has its own.
+      refused.append((step, step_dirs.reason(error, path, 'read')))
+      continue
+    for other, reason in refused:
+      _logger.warning(
+        'warning: step %d is passed over for step %d: %s', other, step, reason
+      )
+    return step
+  raise _none_left(directory, refused)
 
 
-class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
-  """Turns failures to write a run directory into a `UserError`.
-
-  A full disk is told by its text too: TensorStore reports it as a ValueError.
-  """
-
-  def __init__(self, directory: pathlib.Path):
-    self._directory = directory
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if error is None or isinstance(error, UserError):
-      return
-    number = getattr(error, 'errno', None)
-    text = str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT) or (
-      os.strerror(errno.ENOSPC) in text
-    ):
-      raise UserError(
-        f'no space left to write {self._directory}: free some and give the '
-        'same command again; it continues from the last complete checkpoint'
-      ) from error
-    if isinstance(error, OSError) and number is not None:
-      raise UserError(
-        f'cannot write {self._directory}: {os.strerror(number)}'
-      ) from error
+def _none_left(
+  directory: epath.Path, refused: list[tuple[int, str]]
+) -> UserError:
+  reasons = '; '.join(f'step {step}: {reason}' for step, reason in refused)
+  return UserError(f'no checkpoint in {directory} can be used ({reasons})')
 
 
-def _without_empty(tree: Any) -> Any:
-  """Puts a 0 in the place of each array without elements.
-
-  Orbax refuses to write those, and a model may have them: a shared expert of
-  width 0. A number in their place lets a model of another width be noticed.
-  """
-  return jax.tree.map(lambda x: x if x.size else 0, tree)
-
-
-def _with_empty(stored: Any, abstract_tree: Any) -> Any:
-  """Undoes `_without_empty`."""
-  return jax.tree.map(
-    lambda like, x: (
-      x
-      if like.size
-      else jnp.zeros(like.shape, like.dtype, device=like.sharding)
-    ),
-    abstract_tree,
-    stored,
-  )
-
-
-def _reason(error: Exception) -> str:
-  """TensorStore appends its whole specification, in brackets."""
-  return str(error).strip().split('\n')[0].split(' [')[0][:300]
-
-
-@functools.cache
-def _quiet() -> None:
-  """Keeps tracebacks off the terminal of failures that are raised as well."""
-  for name in ('absl', 'asyncio'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  report = sys.unraisablehook
-
-  def report_others(failure):
-    # A write fails and Orbax closes its event loop; those that TensorStore has
-    # still under way then fail too and have nobody to tell.
-    if str(failure.exc_value) != 'Event loop is closed':
-      report(failure)
-
-  sys.unraisablehook = report_others
+@contextlib.contextmanager
+def _shared_errors() -> Iterator[None]:
+  try:
+    yield
+  except SharedError as error:
+    shared = UserError(str(error))
+    shared.shared = True
+    raise shared from error

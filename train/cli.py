@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from etils import epath
+
 from models import families
 from train import recipes
 from train.config import Config
@@ -48,6 +50,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
       default=argparse.SUPPRESS,
       type=_SPECIAL[kind][0] if kind in _SPECIAL else _converter(kind),
       metavar=_SPECIAL[kind][1] if kind in _SPECIAL else kind.__name__,
+      # A boolean's name alone means true.
+      **({'nargs': '?', 'const': True} if kind is bool else {}),
     )
 
 
@@ -111,14 +115,39 @@ def share(text: str) -> float:
   return value
 
 
+def span(text: str) -> tuple[int, int]:
+  """'FIRST' or 'FIRST:COUNT', both from 1; a count is 3 unless given."""
+  first, colon, many = text.partition(':')
+  try:
+    return positive(first), positive(many) if colon else 3
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not FIRST or FIRST:COUNT, in steps'
+    ) from None
+
+
 def path(text: str) -> pathlib.Path:
-  """A path, with ~ expanded."""
+  """A path on a disk, with ~ expanded."""
   if not text:
     raise argparse.ArgumentTypeError('it is empty')
+  if '://' in text:
+    raise argparse.ArgumentTypeError(f'{text!r} is not on a disk')
   try:
     return pathlib.Path(text).expanduser()
   except RuntimeError:  # '~name' of nobody here.
     raise argparse.ArgumentTypeError(f'{text!r} has no such home') from None
+
+
+def place(text: str) -> epath.Path:
+  """A path on a disk, or an address in an object store, 'gs://...'."""
+  scheme, colon, rest = text.partition('://')
+  if not colon:
+    return epath.Path(path(text))
+  if scheme != 'gs' or not rest.strip('/'):
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is neither a path nor a gs://BUCKET/... address'
+    )
+  return epath.Path(text)
 
 
 def _options() -> dict[str, Any]:

@@ -6,13 +6,17 @@ What a command needs is imported when it is called: most need no data.
 import argparse
 import dataclasses
 import os
-import pathlib
 import sys
 
+from etils import epath
+
 from train import cli, paper, recipe_table, recipes, sample_options
+from train.watch_options import WatchOptions
 
 _DONE = 0
 _INTERRUPTED = 130
+# Saved, and not by a person's wish: a scheduler may start it again.
+_PREEMPTED = 75
 
 
 def run(prog: str, argv: list[str] | None) -> int:
@@ -51,7 +55,7 @@ def _add_demo(commands) -> None:
     description='Trains the demo recipe twice, without and with the power.',
   )
   parser.add_argument(
-    '--run-dir', type=cli.path, default=pathlib.Path('runs/demo')
+    '--run-dir', type=cli.place, default=epath.Path('runs/demo')
   )
   _add_processes(parser)
   cli.add_config_options(parser)
@@ -63,8 +67,8 @@ def _demo(options: argparse.Namespace) -> int:
 
   config = cli.config('demo', options)
   with distributed.cluster(*_processes(options)):
-    if demo.run(config, options.run_dir) == 'interrupted':
-      return _interrupted(options.run_dir)
+    if signal := demo.run(config, options.run_dir):
+      return _interrupted(options.run_dir, signal)
   return _DONE
 
 
@@ -75,9 +79,29 @@ def _add_run(commands) -> None:
     description='Trains a recipe; the same command again continues it.',
   )
   parser.add_argument('recipe', metavar='RECIPE')
-  parser.add_argument('--run-dir', type=cli.path, required=True)
+  parser.add_argument('--run-dir', type=cli.place, required=True)
   parser.add_argument(
     '--stop-at', type=cli.positive, help='save and end after this many steps'
+  )
+  group = parser.add_argument_group('what to write down, or to show')
+  group.add_argument(
+    '--tensorboard', action='store_true', help="also TensorBoard's files"
+  )
+  group.add_argument(
+    '--wandb', default='', metavar='PROJECT', help='also to Weights & Biases'
+  )
+  group.add_argument(
+    '--layer-statistics',
+    type=cli.count,
+    default=0,
+    metavar='N',
+    help='norms of every parameter, gradient and update each N steps',
+  )
+  group.add_argument(
+    '--profile',
+    type=cli.span,
+    metavar='FIRST[:COUNT]',
+    help='trace steps from FIRST on, 3 unless told, for xprof',
   )
   _add_processes(parser)
   cli.add_config_options(parser)
@@ -90,10 +114,19 @@ def _run(options: argparse.Namespace) -> int:
   config = cli.config(options.recipe, options)
   with distributed.cluster(*_processes(options)):
     result = loop.run(
-      config, options.run_dir, name=options.recipe, stop_at=options.stop_at
+      config,
+      options.run_dir,
+      name=options.recipe,
+      stop_at=options.stop_at,
+      watch=WatchOptions(
+        tensorboard=options.tensorboard,
+        wandb=options.wandb,
+        layer_statistics=options.layer_statistics,
+        profile=options.profile,
+      ),
     )
     if result.status == 'interrupted':
-      return _interrupted(options.run_dir)
+      return _interrupted(options.run_dir, result.signal)
     if not distributed.is_main():
       return _DONE
   if result.status == 'done':
@@ -140,9 +173,9 @@ def _add_report(commands) -> None:
     description='Writes one self-contained page; the first run is the '
     'baseline of differences.',
   )
-  parser.add_argument('runs', nargs='+', metavar='RUN_DIR', type=cli.path)
+  parser.add_argument('runs', nargs='+', metavar='RUN_DIR', type=cli.place)
   parser.add_argument(
-    '--out', type=cli.path, help='default: report.html in the first'
+    '--out', type=cli.place, help='default: report.html in the first'
   )
   parser.set_defaults(call=_report)
 
@@ -170,7 +203,7 @@ def _add_sample(commands) -> None:
   parser.add_argument(
     'source',
     metavar='RUN',
-    type=cli.path,
+    type=cli.place,
     help='a run directory, or a Hugging Face folder with a tokenizer.json',
   )
   parser.add_argument(
@@ -313,12 +346,13 @@ def _aot(options: argparse.Namespace) -> int:
   return _DONE
 
 
-def _interrupted(run_dir: pathlib.Path) -> int:
+def _interrupted(run_dir: epath.Path, signal: str) -> int:
   from train import distributed
 
   if distributed.is_main():
     print(
-      f'interrupted, saved in {run_dir}; the same command goes on from there',
+      f'interrupted ({signal}), saved in {run_dir}; the same command goes on '
+      'from there',
       file=sys.stderr,
     )
-  return _INTERRUPTED
+  return _INTERRUPTED if signal == 'SIGINT' else _PREEMPTED

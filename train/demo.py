@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-import pathlib
 import textwrap
 
+from etils import epath
+
 from train import distributed, loop
-from train.checkpoint import one_line_errors
 from train.config import Config
 from train.errors import UserError
 from train.report import write_report
-from train.run_dir import plain, write_atomically
+from train.run_dir import plain
+from train.storage import one_line_errors, write_atomically
 
 ARMS = ('adamw', 'adamw_power')
 WARNING = (
@@ -20,7 +21,7 @@ WARNING = (
 )
 
 
-def run(config: Config, directory: pathlib.Path) -> str:
+def run(config: Config, directory: epath.Path) -> str:
   """Trains both arms from the same parameters on the same batches.
 
   Args:
@@ -28,7 +29,7 @@ def run(config: Config, directory: pathlib.Path) -> str:
     directory: Holds a run directory per arm, results.json and report.html.
 
   Returns:
-    'done', or 'interrupted' where a signal came.
+    The name of the signal that stopped it; empty where it is done.
 
   Raises:
     UserError: the input is at fault, or the disk is full.
@@ -50,19 +51,19 @@ def run(config: Config, directory: pathlib.Path) -> str:
   results = {}
   for name, arm in configs.items():
     result = loop.run(arm, directory / name, name=name)
-    if result.status != 'done':
-      return result.status
     results[name] = result
-    if result.interrupted and len(results) < len(configs):
-      return 'interrupted'
+    if result.status != 'done' or (
+      result.signal and len(results) < len(configs)
+    ):
+      return result.signal
   with distributed.together():
     if distributed.is_main():
       _present(config, directory, results)
-  return 'done'
+  return ''
 
 
 def _present(
-  config: Config, directory: pathlib.Path, results: dict[str, loop.Result]
+  config: Config, directory: epath.Path, results: dict[str, loop.Result]
 ) -> None:
   _write_results(directory, results)
   power = f'{config.optimizer.power:g}'
@@ -77,7 +78,7 @@ def _present(
 
 
 def _write_results(
-  directory: pathlib.Path, results: dict[str, loop.Result]
+  directory: epath.Path, results: dict[str, loop.Result]
 ) -> None:
   arms = {
     name: {
@@ -100,7 +101,7 @@ def _difference(results: dict[str, loop.Result]) -> float:
   return powered - plain
 
 
-def _table(directory: pathlib.Path, results: dict[str, loop.Result]) -> str:
+def _table(directory: epath.Path, results: dict[str, loop.Result]) -> str:
   rows = [
     f'  {name:<12} {result.validation_loss:>16.4f}'
     for name, result in results.items()

@@ -305,3 +305,7 @@ def _watch() -> None:
     )
     time.sleep(0.5)  # Without the store, the others would complain at length.
   os._exit(status)
+
+
+def progress(step: int) -> None:
+  """Says how far this process is."""

@@ -6,3 +6,11 @@ class UserError(Exception):
 
   shared = False
   """Whether all processes of a run raise it; one of them prints it."""
+  status = 2
+  """What the program exits with."""
+
+
+class Diverged(UserError):
+  """Training has come to where nothing it computes is a number any more."""
+
+  status = 3

@@ -1,28 +1,32 @@
-"""The run: data in, steps, evaluation, saves."""
+"""The run: data in, steps, evaluation, saves; everybody is told."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import math
-import pathlib
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
-from train import data, distributed, kept_programs
+from train import data, distributed, hardware, kept_programs, statistics
 from train import step as step_lib
 from train.checkpoint import Checkpoints
-from train.config import Config
+from train.config import Config, to_dict
 from train.digest import params_digest
-from train.errors import UserError
+from train.errors import Diverged, UserError
 from train.feed import Feed
 from train.interrupt import Interrupt
 from train.mesh import check, make_mesh
-from train.monitor import Display
+from train.monitor import Monitor
 from train.optimizer import schedule
-from train.run_dir import RunDir
+from train.profiler import Profiler
+from train.run_dir import RunDir, versions
+from train.saving import Saver
+from train.watch_options import WatchOptions
 
 _logger = logging.getLogger('train')
 
@@ -39,8 +43,8 @@ class Result:
   """Nats a token on the held-out split, where done."""
   params_digest: str = ''
   """See `train/digest.py`; empty unless done."""
-  interrupted: bool = False
-  """Whether a signal came, if only in a run's last moments."""
+  signal: str = ''
+  """The name of one that came, if only in a run's last moments."""
 
 
 def resolve(config: Config, dataset: data.Dataset) -> Config:
@@ -62,10 +66,11 @@ def resolve(config: Config, dataset: data.Dataset) -> Config:
 
 def run(
   config: Config,
-  run_dir: pathlib.Path,
+  run_dir: epath.Path,
   *,
   name: str = 'run',
   stop_at: int | None = None,
+  watch: WatchOptions | None = None,
 ) -> Result:
   """Trains, or goes on training, or finds that all is done.
 
@@ -74,12 +79,14 @@ def run(
     run_dir: Made, or continued from its last checkpoint.
     name: Shown with the progress.
     stop_at: Save and return after this many steps in all.
+    watch: What else to write down.
 
   Returns:
     How it ended; the directory holds the rest.
 
   Raises:
-    UserError: the input is at fault, or the disk is full.
+    UserError: the input is at fault, or the end cannot be saved.
+    Diverged: too many steps in a row were not finite.
   """
   kept_programs.keep()
   with distributed.together():
@@ -90,6 +97,17 @@ def run(
     config = resolve(config, dataset)
     check(config, mesh)  # Of the vocabulary too, now that it is known.
   directory = _open(run_dir, config, dataset)
+  try:
+    result = _go_on(config, directory, dataset, mesh, name, stop_at, watch)
+  except BaseException:
+    with contextlib.suppress(UserError):  # The first error says more.
+      directory.close()
+    raise
+  directory.close()
+  return result
+
+
+def _go_on(config, directory, dataset, mesh, name, stop_at, watch) -> Result:
   if (end := distributed.share(directory.done())) is not None:
     _logger.info('%s: already done, at step %d', name, end['step'])
     return Result(
@@ -97,11 +115,11 @@ def run(
     )
   with Interrupt() as interrupt:
     parts = config, directory, dataset, mesh, name, stop_at
-    result = _Run(*parts, interrupt)()
-    return dataclasses.replace(result, interrupted=bool(interrupt.received))
+    result = _Run(*parts, watch or WatchOptions(), interrupt)()
+    return dataclasses.replace(result, signal=interrupt.received or '')
 
 
-def _open(path: pathlib.Path, config: Config, dataset: data.Dataset) -> RunDir:
+def _open(path: epath.Path, config: Config, dataset: data.Dataset) -> RunDir:
   """One process makes the directory, then all others find it made."""
   parts = path, config, dataset.source_hash, dataset.tokenizer.to_json()
   main = distributed.is_main()
@@ -115,11 +133,12 @@ class _Run:
   """The parts of a run that is under way."""
 
   def __init__(
-    self, config, directory, dataset, mesh, name, stop_at, interrupt
+    self, config, directory, dataset, mesh, name, stop_at, watch, interrupt
   ):
     self.config = config
     self.directory = directory
     self.interrupt = interrupt
+    self.watch = watch
     self.last = min(config.steps, stop_at or config.steps)
     # All at once: asked step by step, it would queue behind the step under way.
     self.learning_rates = jax.device_get(
@@ -127,7 +146,10 @@ class _Run:
         jnp.arange(config.steps)
       )
     )
-    self.programs = step_lib.programs(config, mesh)
+    self.programs = step_lib.programs(config, mesh, directory.local)
+    self.statistics = (
+      statistics.program(config, mesh) if watch.layer_statistics else None
+    )
     self.feed = Feed(mesh, config.data.batch_size)
     self.batches = dataset.train(config.seed)
     rows = self.feed.rows
@@ -135,12 +157,23 @@ class _Run:
       self.feed({name: array[rows] for name, array in batch.items()})
       for batch in dataset.validation()
     ]
-    self.checkpoints = Checkpoints(directory.checkpoints)
-    self.step, self.state = self._start()
-    self.saved = self.step
-    self.display = Display(
-      name, config.steps, self.step, shown=distributed.is_main()
+    facts = {
+      'config': to_dict(config),
+      'versions': versions(),
+      'data': {'seed': config.seed, 'source_hash': dataset.source_hash},
+    }
+    self.checkpoints = Checkpoints(directory.checkpoints, config.keep, facts)
+    refused = self._start()
+    self.monitor = Monitor(
+      name, config, self.step, shown=distributed.is_main(),
+      local=directory.local, watch=watch,
+    )  # fmt: skip
+    self.saver = Saver(
+      self.checkpoints, directory, self.tell, config.save_every, self.step
     )
+    self.profiler = Profiler(directory.local, watch.profile)
+    for step, reason in refused:
+      self.tell('fell_back', self.step, refused=step, reason=reason)
     self.clock: float | None = None  # When the last logged step was done.
 
   def __call__(self) -> Result:
@@ -148,31 +181,42 @@ class _Run:
       if self.last <= self.step < self.config.steps:
         return Result('stopped', self.step)  # As it was before.
       self.directory.rewind(self.step)
-      if self.step:
-        self._say_resumed()
+      self._say_how_it_begins()
       status = self._train()
       if status == 'done':
         return self._finish()
       self.directory.log({'event': 'stopped', 'step': self.step})
+      self.tell('stopped', self.step, status=self.interrupt.received or status)
       return Result(status, self.step)
     finally:
-      self.display.close()
+      self.profiler.close()
+      self.monitor.close()
       self.checkpoints.close()
 
-  def _start(self) -> tuple[int, step_lib.TrainState]:
-    """Takes up the last checkpoint, or begins."""
-    step = distributed.share(self.checkpoints.latest_step())
-    if step is None:
-      return 0, self.programs.init()
-    with distributed.together():
-      return step, self.checkpoints.restore(step, self.programs.state)
+  def tell(self, kind: str, step: int, **facts: Any) -> None:
+    """Has history and display know of an event."""
+    self.directory.event(kind, step, **facts)
+    self.monitor.event({'event': kind, 'step': step, **facts})
 
-  def _say_resumed(self) -> None:
+  def _start(self) -> list[tuple[int, str]]:
+    """Takes up the last good checkpoint, or begins; returns those refused."""
+    with distributed.together():
+      restored = self.checkpoints.restore(self.programs.state)
+    if restored is None:
+      self.step, self.state = 0, self.programs.init()
+      return []
+    self.step, self.state = restored.step, restored.state
+    return restored.refused
+
+  def _say_how_it_begins(self) -> None:
+    if not self.step:
+      self.tell('began', 0)
+      return
     moved = self.directory.moved
     self.directory.log({'event': 'resumed', 'step': self.step, **moved})
-    self.display.say(f'continues from step {self.step}')
+    self.tell('resumed', self.step, **moved)
     if moved:
-      self.display.say(
+      self.monitor.say(
         f'laid out in another way than it began ({", ".join(moved)}): what '
         'follows is the same up to rounding'
       )
@@ -191,89 +235,157 @@ class _Run:
       gc.unfreeze()
 
   def _steps(self) -> str:
-    every_eval, every_save = self.config.eval_every, self.config.save_every
-    pending = None
+    every_eval = self.config.eval_every
+    self.skipped = int(self.state.guard.skipped)
+    pending: _Pending | None = None
     while self.step < self.last and not self.interrupt.stop():
-      batch = self.feed(self.batches.rows(self.step, self.feed.rows))
+      self.profiler.step(self.step + 1)
+      batch, seconds = self._next_batch(pending)
+      norms = self._measure(batch)
       self.state, metrics = self.programs.train_step(self.state, batch)
       self.step += 1
+      distributed.progress(self.step)
       # The device is busy with this step while the one before is logged.
       self._log(pending)
-      pending = (self.step, metrics)
+      pending = _Pending(self.step, metrics, seconds, norms)
       evaluate = self.step % every_eval == 0 and self.step < self.config.steps
-      save = self.step % every_save == 0
+      save = self.saver.due(self.step)
       if evaluate or save:
         self._log(pending)
-        pending = None
+        pending = loss = None
         if evaluate:
-          self.directory.log(self._evaluate())
-        if save:
-          self._save()
+          loss = self._evaluate()
+        if save and self.step < self.last:
+          self.saver.save(self.step, self.state, loss)
         gc.collect()
         self.clock = time.monotonic()
     self._log(pending)
     if self.step == self.config.steps:
       return 'done'
-    self._save()
+    hurry = self.interrupt.received is not None
+    self.saver.finish(self.step, self.state, hurry=hurry)
     return 'interrupted' if self.interrupt.received else 'stopped'
 
-  def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+  def _next_batch(
+    self, pending: '_Pending | None'
+  ) -> tuple[dict[str, jax.Array], float]:
+    """The batch, and seconds that the devices waited for it, at most."""
+    start = time.monotonic()
+    batch = self.feed(self.batches.rows(self.step, self.feed.rows))
+    idle = pending is None or pending.metrics['loss'].is_ready()
+    return batch, time.monotonic() - start if idle else 0.0
+
+  def _measure(self, batch: dict[str, jax.Array]) -> Any:
+    """Norms by layer of the step about to be taken, where they are due."""
+    if self.statistics and (self.step + 1) % self.watch.layer_statistics == 0:
+      return self.statistics(self.state, batch)
+    return None
+
+  def _log(self, pending: '_Pending | None') -> None:
     """Waits for a step's metrics and writes them down."""
     if pending is None:
       return
-    step, metrics = pending
-    numbers = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
+    step = pending.step
+    numbers = {
+      k: v.tolist() for k, v in jax.device_get(pending.metrics).items()
+    }
     now = time.monotonic()
+    bad_in_row = numbers.pop('bad_in_row')
     line = {
       'step': step,
       'split': 'train',
       'loss': numbers.pop('loss'),
       **numbers,
-      'learning_rate': float(self.learning_rates[step - 1]),
+      # A step that changed nothing has not moved the schedule.
+      'learning_rate': float(self.learning_rates[step - 1 - self.skipped]),
       'tokens': step * self.config.tokens_per_step,
+      'data_seconds': round(pending.data_seconds, 6),
+      'memory': hardware.memory(),
     }
     if self.clock is not None:  # The first step's time is compilation.
       rate = self.config.tokens_per_step / (now - self.clock)
       line['tokens_per_second'] = rate
-      self.display.train(step, line['loss'], rate)
+      if (mfu := hardware.mfu(self.config, rate)) is not None:
+        line['mfu'] = mfu
     self.clock = now
     self.directory.log(line)
+    self.monitor.train(line)
+    if pending.norms is not None:
+      layers = statistics.line(pending.norms, self.config.model)
+      self._log_layers({'step': step, 'split': 'layers', 'layers': layers})
+    if line['skipped'] > self.skipped:
+      self._say_skipped(line, bad_in_row)
 
-  def _evaluate(self) -> dict[str, Any]:
-    """The mean loss on the held-out split, as a line of metrics.jsonl."""
+  def _log_layers(self, line: dict[str, Any]) -> None:
+    self.directory.log(line)
+    self.monitor.layers(line)
+
+  def _say_skipped(self, line: dict[str, Any], bad_in_row: int) -> None:
+    """Of a step that changed nothing; the end, where there are too many.
+
+    Raises:
+      Diverged: in all processes alike.
+    """
+    self.skipped = line['skipped']
+    step, limit = line['step'], self.config.guard.bad_steps
+    self.tell(
+      'skipped',
+      step,
+      reason='not finite' if bad_in_row else 'spike',
+      loss=line['loss'],
+      grad_norm=line['grad_norm'],
+    )
+    if bad_in_row < limit:
+      return
+    complete = self.saver.complete
+    with distributed.together():
+      raise Diverged(
+        f'the loss or a gradient was not finite {limit} steps in a row, '
+        f'{step - limit + 1} to {step}: the last good state is that after step '
+        f'{step - limit}, '
+        + (
+          f'the last checkpoint that of step {complete}'
+          if complete
+          else 'none is saved'
+        )
+        + ' (docs/cli.md, "Steps that change nothing")'
+      )
+
+  def _evaluate(self) -> float:
+    """The mean loss on the held-out split, in nats; written down too."""
     sums = [
       self.programs.eval_step(self.state.params, batch)
       for batch in self.held_out
     ]
     losses, weights = zip(*jax.device_get(sums), strict=True)
     loss = math.fsum(map(float, losses)) / math.fsum(map(float, weights))
-    self.display.validation(loss)
-    return {
+    line = {
       'step': self.step,
       'split': 'validation',
       'loss': loss,
       'tokens': self.step * self.config.tokens_per_step,
     }
-
-  def _save(self) -> None:
-    if self.saved != self.step:
-      self.directory.sync()
-      self.checkpoints.save(self.step, self.state)
-      self.saved = self.step
+    self.directory.log(line)
+    self.monitor.validation(line)
+    return loss
 
   def _finish(self) -> Result:
     """The final state is safe before the run says that it is done."""
-    self._save()
-    self.checkpoints.wait()
-    validation = self._evaluate()
+    loss = self._evaluate()
+    self.saver.finish(self.step, self.state, loss)
     digest = params_digest(self.state.params, self.config.model)
-    self.directory.log(
-      validation,
-      {
-        'event': 'done',
-        'step': self.step,
-        'validation_loss': validation['loss'],
-        'params_digest': digest,
-      },
-    )
-    return Result('done', self.step, validation['loss'], digest)
+    end = {'validation_loss': loss, 'params_digest': digest}
+    self.directory.log({'event': 'done', 'step': self.step, **end})
+    self.tell('done', self.step, **end)
+    return Result('done', self.step, loss, digest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A step that the devices may still be busy with."""
+
+  step: int
+  metrics: dict[str, jax.Array]
+  data_seconds: float
+  norms: Any
+  """Of `train/statistics.py`; or None."""

@@ -3,27 +3,24 @@
 It is the interface between tools; `docs/cli.md` describes its files.
 """
 
-import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import platform
+import time
 from typing import Any
 
 import jax
+from etils import epath
 
-from train.checkpoint import one_line_errors
 from train.config import Config, to_dict
 from train.errors import UserError
+from train.lock import FileLock, Heartbeat
+from train.metrics_file import MetricsFile, parse
+from train.mirror import Mirror, fetch
+from train.run_facts import check_same, versions
+from train.storage import is_local, one_line_errors, write_atomically
 
-_PACKAGES = (
-  'jax', 'jaxlib', 'optax', 'flax', 'orbax-checkpoint', 'grain',
-  'tensorflow-datasets', 'tokenizers', 'numpy',
-)  # fmt: skip
-
-# Of the configuration: how the work is laid out, equal up to rounding.
-_LAYOUT = ('mesh', 'accumulate')
+_METRICS, _EVENTS = 'metrics.jsonl', 'events.jsonl'
 
 # What a directory holds before it is a run's, if it was cut off at birth.
 _BORN: tuple[set[str], ...] = (
@@ -34,7 +31,7 @@ _BORN: tuple[set[str], ...] = (
 
 
 class RunDir:
-  """Opens or makes the directory of a run.
+  """Opens or makes the directory of a run, and locks it until it is closed.
 
   Args:
     path: The directory.
@@ -45,91 +42,111 @@ class RunDir:
       opened it before if not, and this one then only reads.
 
   Raises:
-    UserError: the directory holds another run, or cannot be written.
+    UserError: the directory holds another run, another process has it open,
+      or it cannot be written.
   """
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: epath.PathLike,
     config: Config,
     source_hash: str,
     tokenizer: str,
     *,
     writes: bool = True,
   ):
-    self.path = path
+    self.path = epath.Path(path)
     self.moved: dict[str, Any] = {}
     """What has changed of where the run is done since it began: 'devices',
     'mesh', 'accumulate'."""
     self._writes = writes
-    self._metrics = path / 'metrics.jsonl'
+    self._mirror: Mirror | None = None
     wanted = to_dict(config)
-    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
-    if not writes:
-      if not (path / 'config.json').exists():
-        raise UserError(
-          f'process {jax.process_index()} does not see {path}: --run-dir must '
-          'be on a disk that all processes share'
-        )
-      _check_same(path, wanted, source_hash)
-      return
-    with one_line_errors(path):
-      path.mkdir(parents=True, exist_ok=True)
-      if (path / 'config.json').exists():
-        self.moved = _check_same(path, wanted, source_hash, devices)
-        # An older version wrote no vocabulary.
-        if not (path / 'tokenizer.json').exists():
-          write_atomically(path / 'tokenizer.json', tokenizer)
-      elif _names(path) not in _BORN:
-        raise UserError(
-          f'{path} is not empty and holds no config.json: name another '
-          '--run-dir'
-        )
-      else:
-        facts = {
-          'source_hash': source_hash,
-          'versions': _versions(),
-          'devices': devices,
-        }
-        # config.json last: it marks a run directory as one.
-        write_atomically(path / 'run.json', _dumps(facts))
-        write_atomically(path / 'tokenizer.json', tokenizer)
-        write_atomically(path / 'config.json', _dumps(wanted))
+    with one_line_errors(self.path):
+      if not writes:
+        _check_shared(self.path)
+        check_same(self.path, wanted, source_hash)
+        self._local = _directory(self.path) or fetch(self.path)
+        return
+      _check_not_foreign(self.path)
+      self._lock = _lock(self.path)
+      try:
+        self._open(wanted, source_hash, tokenizer)
+        self._metrics, self._events = self._files()
+      except BaseException:
+        self._lock.release()
+        raise
 
   @property
-  def checkpoints(self) -> pathlib.Path:
+  def checkpoints(self) -> epath.Path:
     """Where Orbax writes."""
     return self.path / 'checkpoints'
 
-  def log(self, *lines: dict[str, Any]) -> None:
-    """Appends to metrics.jsonl."""
+  @property
+  def local(self) -> pathlib.Path:
+    """Where the process that writes can write as on a local disk.
+
+    The run directory; for one on an object store another, whose files `upload`
+    and `close` bring to the same place there.
+    """
+    return self._mirror.local if self._mirror else pathlib.Path(self.path)
+
+  @property
+  def behind(self) -> str:
+    """What cannot be written and why, in one line; empty where nothing."""
     if not self._writes:
-      return
-    text = ''.join(
-      json.dumps({k: plain(v) for k, v in line.items()}) + '\n'
-      for line in lines
-    )
-    with one_line_errors(self.path), self._metrics.open('a') as file:
-      file.write(text)
+      return ''
+    if self._mirror:
+      return self._mirror.behind
+    return self._metrics.behind or self._events.behind
+
+  def log(self, *lines: dict[str, Any]) -> None:
+    """Adds lines to metrics.jsonl, with the time; a full disk has them wait.
+
+    Raises:
+      UserError: another run has taken the directory.
+    """
+    if self._writes:
+      self._lock.check()
+      self._metrics.append(*map(_stamped, lines))
+
+  def event(self, kind: str, step: int, **facts: Any) -> None:
+    """Adds to events.jsonl, the run's history, as `log` does.
+
+    Raises:
+      UserError: another run has taken the directory.
+    """
+    if self._writes:
+      self._lock.check()
+      self._events.append(_stamped({'event': kind, 'step': step, **facts}))
 
   def sync(self) -> None:
-    """Makes what was logged durable: a checkpoint is about to rely on it."""
+    """Makes all that was added durable: a checkpoint is about to rely on it.
+
+    Raises:
+      UserError: it cannot be written, or another run has taken the directory.
+    """
     if not self._writes:
       return
-    with one_line_errors(self.path), self._metrics.open('a') as file:
-      os.fsync(file.fileno())
+    self._lock.check()
+    if self._mirror:
+      self._mirror.sync()
+    else:
+      self._metrics.sync()
+      self._events.sync()
 
   def rewind(self, step: int) -> None:
-    """Drops what was logged after a step: it is about to be done again."""
-    if not self._writes or not self._metrics.exists():
+    """Drops what was logged after a step: it is about to be done again.
+
+    Raises:
+      UserError: the disk cannot be written.
+    """
+    if not self._writes:
       return
-    kept = [
-      line for line in self.lines() if line['step'] <= step and not _ends(line)
-    ]
-    with one_line_errors(self.path):
-      write_atomically(
-        self._metrics, ''.join(json.dumps(line) + '\n' for line in kept)
-      )
+    lines = self._metrics.lines()
+    kept = [line for line in lines if line['step'] <= step and not _ends(line)]
+    if kept != lines:
+      self._metrics.replace(kept)
 
   def done(self) -> dict[str, Any] | None:
     """The line that ends a finished run; None where it has not finished."""
@@ -140,35 +157,95 @@ class RunDir:
 
   def lines(self) -> list[dict[str, Any]]:
     """Every whole line of metrics.jsonl; a run that died may cut one off."""
-    if not self._metrics.exists():
-      return []
-    lines = []
-    # A crash of the machine can leave bytes that are no text.
-    for text in self._metrics.read_bytes().decode(errors='replace').split('\n'):
-      try:
-        line = json.loads(text)
-      except ValueError:
-        continue
-      if isinstance(line, dict) and 'step' in line:
-        lines.append(line)
-    return lines
+    if self._writes:
+      return self._metrics.lines()
+    path = self.path / _METRICS
+    with one_line_errors(path):
+      return parse(path.read_bytes()) if path.exists() else []
+
+  def upload(self) -> None:
+    """Has what was written to `local` brought to an object store, if need be.
+
+    In the background; what fails is told by `behind`, and tried again.
+    """
+    if self._mirror:
+      self._mirror.upload()
+
+  def close(self) -> None:
+    """Writes what waits, and lets another run begin.
+
+    Raises:
+      UserError: something is still unwritten, or another run has taken the
+        directory.
+    """
+    if not self._writes:
+      return
+    try:
+      if self._mirror:
+        self._mirror.close()
+      else:
+        self.sync()
+    finally:
+      self._lock.release()
+
+  def _open(
+    self, wanted: dict[str, Any], source_hash: str, tokenizer: str
+  ) -> None:
+    path = self.path
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+    if (path / 'config.json').exists():
+      self.moved = check_same(path, wanted, source_hash, devices)
+      # An older version wrote no vocabulary.
+      if not (path / 'tokenizer.json').exists():
+        write_atomically(path / 'tokenizer.json', tokenizer)
+      return
+    facts = {
+      'source_hash': source_hash,
+      'versions': versions(),
+      'devices': devices,
+    }
+    # config.json last: it marks a run directory as one.
+    write_atomically(path / 'run.json', _dumps(facts))
+    write_atomically(path / 'tokenizer.json', tokenizer)
+    write_atomically(path / 'config.json', _dumps(wanted))
+
+  def _files(self) -> tuple[MetricsFile, MetricsFile]:
+    names = _METRICS, _EVENTS
+    if isinstance(self._lock, Heartbeat):
+      self._mirror = Mirror(self.path, names, self._lock)
+      return self._mirror.files[_METRICS], self._mirror.files[_EVENTS]
+    return MetricsFile(self.local / _METRICS), MetricsFile(self.local / _EVENTS)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is never seen half-written."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    with temporary.open('w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+def _check_shared(path: epath.Path) -> None:
+  if not (path / 'config.json').exists():
+    raise UserError(
+      f'process {jax.process_index()} does not see {path}: --run-dir must be '
+      'on a disk that all processes share'
+    )
 
 
-def _names(path: pathlib.Path) -> set[str]:
-  return {entry.name for entry in path.iterdir() if entry.suffix != '.tmp'}
+def _check_not_foreign(path: epath.Path) -> None:
+  """Also makes the directory, where there are such things."""
+  if is_local(path):
+    path.mkdir(parents=True, exist_ok=True)
+  elif not path.exists():
+    return
+  names = {entry.name for entry in path.iterdir() if entry.suffix != '.tmp'}
+  names -= {'lock', 'lock.json'}
+  if 'config.json' not in names and names not in _BORN:
+    raise UserError(
+      f'{path} is not empty and holds no config.json: name another --run-dir'
+    )
+
+
+def _lock(path: epath.Path) -> FileLock | Heartbeat:
+  return FileLock(pathlib.Path(path)) if is_local(path) else Heartbeat(path)
+
+
+def _stamped(line: dict[str, Any]) -> dict[str, Any]:
+  values = {key: plain(value) for key, value in line.items()}
+  return values | {'time': round(time.time(), 3)}
 
 
 def _ends(line: dict[str, Any]) -> bool:
@@ -186,59 +263,3 @@ def plain(value: Any) -> Any:
 
 def _dumps(value: Any) -> str:
   return json.dumps(value, indent=2) + '\n'
-
-
-def _versions() -> dict[str, str]:
-  versions = {'python': platform.python_version()}
-  for name in _PACKAGES:
-    versions[name] = importlib.metadata.version(name)
-  return versions
-
-
-def _check_same(
-  path: pathlib.Path,
-  wanted: dict[str, Any],
-  source_hash: str,
-  devices: str = '',
-) -> dict[str, Any]:
-  """Refuses another run; returns what is laid out in another way."""
-  try:
-    found = json.loads((path / 'config.json').read_text())
-    facts = json.loads((path / 'run.json').read_text())
-    if not (isinstance(found, dict) and isinstance(facts, dict)):
-      raise ValueError('config.json or run.json is not a JSON object')
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} holds a damaged run ({error}): name another --run-dir'
-    ) from error
-  layout = {key: found.get(key, wanted[key]) for key in _LAYOUT}
-  differences = _differences(found | layout, wanted | layout)
-  if facts.get('source_hash') != source_hash and not differences:
-    differences = ['the text or vocabulary has changed']
-  if differences:
-    raise UserError(
-      f'{path} holds a run of another configuration '
-      f'({"; ".join(differences)}): name another --run-dir, or give the '
-      'options of that run to continue it'
-    )
-  before = {'devices': facts.get('devices'), **layout}
-  now = {'devices': devices, **{key: wanted[key] for key in _LAYOUT}}
-  return {key: now[key] for key in now if now[key] != before[key]}
-
-
-def _differences(found: Any, wanted: Any, prefix: str = '--') -> list[str]:
-  if isinstance(found, dict) and isinstance(wanted, dict):
-    return [
-      difference
-      for key in {**found, **wanted}
-      for difference in _differences(
-        found.get(key),
-        wanted.get(key),
-        f'{prefix}{key}.'
-        if isinstance(wanted.get(key), dict)
-        else f'{prefix}{key}',
-      )
-    ]
-  if found == wanted:
-    return []
-  return [f'{prefix} is {found!r} there, {wanted!r} here']

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from models import sharding
 from models.config import DecoderConfig
+from train import deterministic
 from train import step as step_lib
 from train.config import Config
 from train.digest import canonical_parameters
@@ -47,7 +49,13 @@ def program(config: Config, mesh: Mesh) -> Any:
     trees = state.params, grads, powered, updates
     return tuple(_norms(tree, config.model) for tree in trees)
 
-  return jax.jit(statistics, out_shardings=replicated(mesh))
+  return jax.jit(
+    statistics,
+    out_shardings=replicated(mesh),
+    compiler_options=deterministic.options(
+      config, sharding.platform(mesh), None
+    ),
+  )
 
 
 def line(norms: Any, config: DecoderConfig) -> dict[str, dict[str, float]]:

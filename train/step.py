@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, U one more than those.
 """
 
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from models.decoder import (
   mean_losses,
   total_loss,
 )  # fmt: skip
-from train import guard
+from train import deterministic, guard
 from train.config import Config, GuardConfig
 from train.mesh import batch_sharding, check, replicated
 from train.optimizer import Optimizer, make_optimizer
@@ -74,12 +75,16 @@ class Programs(NamedTuple):
   """Likewise: 'tokens', int32 (batch, length + 1)."""
 
 
-def programs(config: Config, mesh: Mesh) -> Programs:
+def programs(
+  config: Config, mesh: Mesh, directory: pathlib.Path | None = None
+) -> Programs:
   """Makes the programs of a run.
 
   Args:
     config: The run; `model.vocab_size` is set.
     mesh: Over `models.sharding.AXES`.
+    directory: Where a deterministic run on a GPU keeps the choice of kernels;
+      None for nowhere.
 
   Raises:
     UserError: the mesh does not fit the config; before anything is compiled.
@@ -117,19 +122,24 @@ def programs(config: Config, mesh: Mesh) -> Programs:
     train_step, graph, optimizer, config.guard, mesh, config.accumulate
   )
   platform = sharding.platform(mesh)
+  same_bits = deterministic.options(config, platform, directory)
   return Programs(
     init=jax.jit(
       make_state,
       out_shardings=shardings,
-      compiler_options=_INIT_OPTIONS.get(platform),
+      compiler_options=_INIT_OPTIONS.get(platform, same_bits),
     ),
     train_step=jax.jit(
       step,
       donate_argnums=0,
       out_shardings=(shardings, whole),
-      compiler_options=_STEP_OPTIONS.get(platform),
+      compiler_options=_STEP_OPTIONS.get(platform, same_bits),
     ),
-    eval_step=jax.jit(functools.partial(eval_step, graph), out_shardings=whole),
+    eval_step=jax.jit(
+      functools.partial(eval_step, graph),
+      out_shardings=whole,
+      compiler_options=same_bits,
+    ),
     state=state,
     batch={'tokens': tokens},
   )

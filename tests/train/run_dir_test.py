@@ -1,15 +1,25 @@
 import dataclasses
+import errno
 import json
 import math
 import os
+import socket
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import Config, MeshConfig, OptimizerConfig, to_dict
+from train.config import (
+  Config,
+  KeepConfig,
+  MeshConfig,
+  OptimizerConfig,
+  to_dict,
+)
 from train.errors import UserError
-from train.run_dir import RunDir, write_atomically
+from train.run_dir import RunDir
+from train.storage import write_atomically
 
 CONFIG = Config()
 VOCABULARY = '{"über": 1}'
@@ -24,11 +34,29 @@ def train_line(step, loss=2.5):
 
 @pytest.fixture
 def run(tmp_path):
-  return RunDir(tmp_path / 'deep' / 'run', CONFIG, 'hash', VOCABULARY)
+  run = RunDir(tmp_path / 'deep' / 'run', CONFIG, 'hash', VOCABULARY)
+  yield run
+  run.close()
 
 
 def again(run, config=CONFIG, source_hash='hash'):
-  return RunDir(run.path, config, source_hash, VOCABULARY)
+  """Opens a run's directory once more, as its next process would."""
+  run.close()
+  opened = RunDir(run.path, config, source_hash, VOCABULARY)
+  opened.close()
+  return opened
+
+
+def lines(run):
+  """What was logged, without the times."""
+  return [
+    {key: value for key, value in line.items() if key != 'time'}
+    for line in run.lines()
+  ]
+
+
+def contents(run):
+  return {p.name: p.read_bytes() for p in run.path.iterdir()}
 
 
 def test_it_holds_the_configuration_and_the_facts(run):
@@ -39,14 +67,19 @@ def test_it_holds_the_configuration_and_the_facts(run):
   assert {'python', 'jax', 'optax', 'flax'} <= set(facts['versions'])
   assert facts['devices'].startswith('8 ')
   assert {entry.name for entry in run.path.iterdir()} == {
-    'config.json', 'run.json', 'tokenizer.json',
+    'config.json', 'lock', 'run.json', 'tokenizer.json',
   }  # fmt: skip
 
 
 def test_it_opens_again_and_changes_nothing(run):
-  before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+  run.log(train_line(1))
+  run.event('began', 0)
+  run.close()
+  before = contents(run)
   again(run)
-  assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+  after = contents(run)
+  assert before.pop('lock') != after.pop('lock')
+  assert after == before
 
 
 def test_another_configuration_is_refused_by_its_options(run):
@@ -80,10 +113,15 @@ def test_it_goes_on_in_another_layout_and_says_so(run):
   assert 'mesh' not in str(error.value)
 
 
+def test_which_checkpoints_are_kept_may_change(run):
+  kept = dataclasses.replace(CONFIG, keep=KeepConfig(last=9))
+  assert again(run, kept).moved == {}
+
+
 def test_a_run_from_before_there_were_meshes_goes_on(run):
   path = run.path / 'config.json'
   found = json.loads(path.read_text())
-  del found['mesh'], found['accumulate']
+  del found['mesh'], found['accumulate'], found['keep']
   path.write_text(json.dumps(found))
   assert again(run).moved == {}
 
@@ -93,12 +131,17 @@ def test_a_process_that_does_not_write(run, tmp_path):
     return RunDir(path, config, source_hash, VOCABULARY, writes=False)
 
   run.log(train_line(1))
-  before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+  before = contents(run)
   other = reader()
+  assert other.lines() == run.lines()
   other.log(train_line(2))
+  other.event('began', 0)
   other.rewind(0)
   other.sync()
-  assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+  other.upload()
+  other.close()
+  assert other.behind == ''
+  assert contents(run) == before
   with pytest.raises(UserError, match='another configuration'):
     reader(config=POWER)
   with pytest.raises(UserError, match='text or vocabulary has changed'):
@@ -178,15 +221,15 @@ def test_a_run_killed_at_birth_begins_again(tmp_path, monkeypatch, killed):
       RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
   assert not (tmp_path / 'config.json').exists()
   run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
-  assert {path.name for path in run.path.iterdir()} == {
-    'config.json', 'run.json', 'tokenizer.json',
-  }  # fmt: skip
+  run.close()
+  assert {'config.json', 'run.json', 'tokenizer.json'} <= set(contents(run))
 
 
 def test_an_empty_directory_and_one_cut_off_at_birth_are_taken(tmp_path):
   (tmp_path / 'run.json').write_text('{"sour')  # Killed before config.json.
   run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
   assert json.loads((run.path / 'run.json').read_text())['versions']
+  run.close()
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
@@ -216,10 +259,10 @@ def test_what_is_not_finite_is_a_string(run):
   def refuse(word):
     raise AssertionError(word)
 
-  lines = [
+  found = [
     json.loads(line, parse_constant=refuse) for line in text.splitlines()
   ]
-  assert [line['loss'] for line in lines] == ['nan', 'inf', '-inf']
+  assert [line['loss'] for line in found] == ['nan', 'inf', '-inf']
   run.rewind(1)
   assert (run.path / 'metrics.jsonl').read_text() == text
 
@@ -229,7 +272,7 @@ def test_rewinding_drops_what_will_be_done_again(run):
   run.log({'event': 'resumed', 'step': 2}, {'event': 'stopped', 'step': 3})
   run.log({'step': 4, 'split': 'validation', 'loss': 1.0})
   run.rewind(3)
-  assert run.lines() == [
+  assert lines(run) == [
     *map(train_line, range(1, 4)),
     {'event': 'resumed', 'step': 2},
   ]
@@ -237,23 +280,31 @@ def test_rewinding_drops_what_will_be_done_again(run):
   assert run.lines() == []
 
 
-@pytest.mark.parametrize('cut', range(1, len(json.dumps(train_line(5))) + 1))
-def test_a_line_cut_off_anywhere_is_survived(run, cut):
-  run.log(*map(train_line, range(1, 5)))
-  last = json.dumps(train_line(5))[:cut]
-  with (run.path / 'metrics.jsonl').open('a') as file:
-    file.write(last)
-  whole = [*map(train_line, range(1, 5))]
-  if cut == len(json.dumps(train_line(5))):
-    whole.append(train_line(5))
-  assert run.lines() == whole
-  run.rewind(5)
-  run.log(train_line(6))
-  assert run.lines() == [*whole, train_line(6)]
-  text = (run.path / 'metrics.jsonl').read_text()
-  assert text == ''.join(
-    json.dumps(line) + '\n' for line in [*whole, train_line(6)]
-  )
+def test_lines_and_events_say_when(run):
+  before = round(time.time(), 3)
+  run.log(train_line(1))
+  run.event('saved', 1, seconds=0.5, bytes=7, loss=math.inf)
+  run.close()
+  events = [
+    json.loads(line)
+    for line in (run.path / 'events.jsonl').read_text().splitlines()
+  ]
+  assert before <= run.lines()[0]['time'] <= events[0]['time']
+  assert events[0].pop('time') <= time.time() + 0.001
+  assert events == [
+    {'event': 'saved', 'step': 1, 'seconds': 0.5, 'bytes': 7, 'loss': 'inf'}
+  ]
+
+
+def test_the_history_is_not_rewound(run):
+  run.log(train_line(3))
+  run.event('saved', 3)
+  run.rewind(0)
+  run.event('resumed', 0)
+  assert run.lines() == []
+  run.close()
+  history = (run.path / 'events.jsonl').read_text().splitlines()
+  assert [json.loads(line)['event'] for line in history] == ['saved', 'resumed']
 
 
 @pytest.mark.parametrize('junk', [b'\0' * 40, b'\xff\xfe{', b'3\n', b'[]\n'])
@@ -261,9 +312,12 @@ def test_other_damage_is_survived(run, junk):
   run.log(train_line(1))
   with (run.path / 'metrics.jsonl').open('ab') as file:
     file.write(junk)
+  run.close()
+  run = RunDir(run.path, CONFIG, 'hash', VOCABULARY)
   assert run.done() is None
   run.rewind(1)
-  assert run.lines() == [train_line(1)]
+  assert lines(run) == [train_line(1)]
+  run.close()
 
 
 def test_a_run_is_done_once_it_says_so(run):
@@ -272,14 +326,52 @@ def test_a_run_is_done_once_it_says_so(run):
   assert run.done() is None
   end = {'event': 'done', 'step': 1, 'validation_loss': 2.0}
   run.log(end)
-  assert run.done() == end
+  assert run.done().items() >= end.items()
 
 
-def test_a_full_disk_is_said(run):
-  metrics = run.path / 'metrics.jsonl'
-  metrics.symlink_to('/dev/full')
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'events.jsonl'])
+def test_a_full_disk_does_not_stop_a_run(run, name):
+  path = run.local / name
+  path.symlink_to('/dev/full')
+  assert run.behind == ''
+  run.log(train_line(1))
+  run.event('saved', 1)
+  assert f'no space left to write {path}; 1 line' in run.behind
+  assert '\n' not in run.behind
+  with pytest.raises(UserError, match='no space left'):
+    run.sync()
+  with pytest.raises(UserError, match='no space left'):
+    run.close()
+  path.unlink()
+  again(run)  # It has let go of it all the same.
+  run.sync()
+  assert run.behind == ''
+  assert lines(run) == [train_line(1)]
+  assert json.loads((run.path / 'events.jsonl').read_text())['step'] == 1
+
+
+def test_a_full_disk_is_said_at_birth(tmp_path, monkeypatch):
+  def write(path, text):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr('train.run_dir.write_atomically', write)
   with pytest.raises(UserError, match=r'no space left.*same command'):
-    run.log(train_line(1))
+    RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
+
+
+def test_another_run_is_refused_until_this_one_ends(run):
+  def second():
+    return RunDir(run.path, POWER, 'hash', VOCABULARY)
+
+  with pytest.raises(UserError) as error:
+    second()
+  message = str(error.value)
+  assert f'process {os.getpid()} on {socket.gethostname()}' in message
+  assert '\n' not in message
+  run.close()
+  for _ in range(2):  # A refusal lets go of it.
+    with pytest.raises(UserError, match='another configuration'):
+      second()
 
 
 def test_writing_leaves_the_old_file_or_the_new(tmp_path):
@@ -299,4 +391,5 @@ def test_rewinding_is_a_filter_by_step(tmp_path_factory, steps, to):
   run = RunDir(tmp_path_factory.mktemp('run'), CONFIG, 'hash', VOCABULARY)
   run.log(*map(train_line, steps))
   run.rewind(to)
-  assert run.lines() == [train_line(s) for s in steps if s <= to]
+  assert lines(run) == [train_line(s) for s in steps if s <= to]
+  run.close()

@@ -1,0 +1,92 @@
+"""What makes a run the same run when its directory is opened again."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from etils import epath
+
+from train.errors import UserError
+
+_PACKAGES = (
+  'jax', 'jaxlib', 'optax', 'flax', 'orbax-checkpoint', 'grain',
+  'tensorflow-datasets', 'tokenizers', 'numpy',
+)  # fmt: skip
+
+# Of the configuration: how the work is laid out, equal up to rounding.
+_LAYOUT = ('mesh', 'accumulate')
+
+# Of the configuration: what changes nothing of what is trained.
+_FREE = ('keep',)
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that a run's numbers depend on."""
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    found[name] = importlib.metadata.version(name)
+  return found
+
+
+def check_same(
+  path: epath.Path,
+  wanted: dict[str, Any],
+  source_hash: str,
+  devices: str = '',
+) -> dict[str, Any]:
+  """Compares a run with the one that a directory holds.
+
+  Args:
+    path: The run directory.
+    wanted: The configuration.
+    source_hash: Of the text, vocabulary and split.
+    devices: Their number and kind.
+
+  Returns:
+    What is laid out in another way here: 'devices', 'mesh', 'accumulate'.
+
+  Raises:
+    UserError: it is another run, or a damaged one.
+  """
+  try:
+    found = json.loads((path / 'config.json').read_text())
+    facts = json.loads((path / 'run.json').read_text())
+    if not (isinstance(found, dict) and isinstance(facts, dict)):
+      raise ValueError('config.json or run.json is not a JSON object')
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} holds a damaged run ({error}): name another --run-dir'
+    ) from error
+  layout = {key: found.get(key, wanted[key]) for key in _LAYOUT}
+  same = layout | {key: wanted[key] for key in _FREE}
+  differences = _differences(found | same, wanted | same)
+  if facts.get('source_hash') != source_hash and not differences:
+    differences = ['the text or vocabulary has changed']
+  if differences:
+    raise UserError(
+      f'{path} holds a run of another configuration '
+      f'({"; ".join(differences)}): name another --run-dir, or give the '
+      'options of that run to continue it'
+    )
+  before = {'devices': facts.get('devices'), **layout}
+  now = {'devices': devices, **{key: wanted[key] for key in _LAYOUT}}
+  return {key: now[key] for key in now if now[key] != before[key]}
+
+
+def _differences(found: Any, wanted: Any, prefix: str = '--') -> list[str]:
+  if isinstance(found, dict) and isinstance(wanted, dict):
+    return [
+      difference
+      for key in {**found, **wanted}
+      for difference in _differences(
+        found.get(key),
+        wanted.get(key),
+        f'{prefix}{key}.'
+        if isinstance(wanted.get(key), dict)
+        else f'{prefix}{key}',
+      )
+    ]
+  if found == wanted:
+    return []
+  return [f'{prefix} is {found!r} there, {wanted!r} here']

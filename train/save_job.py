@@ -1,0 +1,118 @@
+"""One save, from the copy of the arrays to the manifest."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from train import manifest, state_files, step_dirs
+from train.agreement import Agreement, SharedError, in_main, share
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a save ended, the same in all processes."""
+
+  step: int
+  """How many were taken."""
+  seconds: float
+  """From its begin to its end, in process 0."""
+  bytes: int
+  """Of all its files; 0 where it failed."""
+  error: str = ''
+  """One line; empty where it is saved."""
+
+
+class SaveJob:
+  """A save that is under way."""
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    step: int,
+    validation_loss: float | None,
+    facts: Mapping[str, Any],
+  ):
+    """Prepares it; `start` follows.
+
+    Args:
+      directory: Of all checkpoints.
+      step: How many were taken.
+      validation_loss: See `manifest.write`; so the next.
+      facts: Of the run.
+    """
+    self._directory = directory
+    self._step = step
+    self._loss = validation_loss
+    self._facts = facts
+    self._begun = time.monotonic()
+    self._thread: threading.Thread | None = None
+    self._talk = Agreement(
+      lambda error: step_dirs.reason(error, directory, 'write')
+    )
+
+  def start(self, state: Any, ended: Callable[[Outcome], None]) -> None:
+    """Returns when the arrays are copied and may be donated; never raises.
+
+    Args:
+      state: The arrays.
+      ended: Called once, by a thread of the save's.
+    """
+    try:
+      self._talk.meet(
+        'beginning',
+        lambda: in_main(step_dirs.prepare, self._directory, self._step),
+      )
+    except SharedError as error:
+      ended(self._failed(error))
+      return
+    writer = state_files.Writer(self._talk)
+    writer.start(self._directory / str(self._step), state)
+    self._thread = threading.Thread(
+      target=lambda: ended(self._finish(writer)), name=f'save {self._step}'
+    )
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Waits for its end."""
+    if self._thread is not None:
+      self._thread.join()
+
+  def forget(self) -> None:
+    """Frees what is kept of it, once the next one has been started."""
+    self._talk.forget()
+
+  def _finish(self, writer: state_files.Writer) -> Outcome:
+    try:
+      return Outcome(self._step, *self._seal(writer))
+    except Exception as error:
+      in_main(step_dirs.discard, self._directory, self._step)
+      return self._failed(error)
+
+  def _seal(self, writer: state_files.Writer) -> tuple[float, int]:
+    """Waits for Orbax, writes the manifest; returns the seconds and bytes."""
+    directory, meet = self._directory / str(self._step), self._talk.meet
+    writer.finish()
+    names = meet('listing', lambda: in_main(manifest.list_files, directory))[0]
+    parts = meet(
+      'computing digests',
+      lambda: manifest.digests(directory, share(names), flush=True),
+    )
+
+    def write():
+      files = {name: entry for part in parts for name, entry in part.items()}
+      manifest.write(directory, self._step, files, self._loss, self._facts)
+      return self._seconds(), sum(entry['bytes'] for entry in files.values())
+
+    seconds, size = meet('writing the manifest', lambda: in_main(write))[0]
+    return seconds, size
+
+  def _failed(self, error: Exception) -> Outcome:
+    line = step_dirs.reason(error, self._directory, 'write')
+    return Outcome(self._step, self._seconds(), 0, line)
+
+  def _seconds(self) -> float:
+    return round(time.monotonic() - self._begun, 3)

@@ -1,0 +1,151 @@
+"""A train state as Orbax's files."""
+
+import functools
+import logging
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from train import agreement
+from train.agreement import Agreement, SharedError
+
+MISFITS = (ValueError, KeyError, TypeError, OSError)
+"""What `read` raises where the files are not those of such a state."""
+
+_SECONDS = 1200  # That one process may take to write its part.
+
+
+class Writer:
+  """Saves one state; all processes at once."""
+
+  def __init__(self, talk: Agreement):
+    """With an Orbax of its own: nothing of a save that failed stays behind.
+
+    Args:
+      talk: Where the processes meet in the background.
+    """
+    quiet()
+    self._talk = talk
+    self._failure: Exception | None = None
+    several = agreement.count() > 1
+    # With processes named, Orbax waits in the coordination service, which has
+    # time limits (5 minutes), and not in collectives.
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.StandardCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(
+        timeout_secs=_SECONDS,
+        barrier_sync_fn=lambda key, timeout_ms: _meet(talk, key),
+      ),
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        active_processes=set(range(agreement.count())) if several else None,
+        barrier_sync_key_prefix=talk.name.replace('/', '-'),
+      ),
+    )
+
+  def start(self, directory: epath.Path, state: Any) -> None:
+    """Returns when the arrays are copied and may be donated; never raises."""
+    try:
+      self._orbax.save(
+        directory, args=ocp.args.StandardSave(_without_empty(state))
+      )
+    except Exception as error:
+      self._failure = error
+
+  def finish(self) -> None:
+    """Waits until the directory is there.
+
+    Raises:
+      SharedError: it could not be written, in all processes.
+    """
+    try:
+      if self._failure is not None:
+        raise self._failure
+      self._orbax.wait_until_finished()
+    except SharedError:  # Told by another, where Orbax waited for it.
+      raise
+    except Exception as error:
+      self._talk.fail('writing', error)
+    finally:
+      self._orbax.close()
+
+
+def read(directory: epath.Path, abstract_state: Any) -> Any:
+  """A state, placed as abstract_state's shardings say.
+
+  Raises:
+    Exception: one of `MISFITS`.
+  """
+  quiet()
+  stored = ocp.StandardCheckpointHandler().restore(
+    directory, args=ocp.args.StandardRestore(_without_empty(abstract_state))
+  )
+  return _with_empty(stored, abstract_state)
+
+
+def read_params(directory: epath.Path, abstract_params: Any) -> Any:
+  """As `read`, of the parameters alone.
+
+  Raises:
+    Exception: one of `MISFITS`.
+  """
+  quiet()
+  wanted = {'params': _without_empty(abstract_params)}
+  stored = ocp.PyTreeCheckpointHandler().restore(
+    directory,
+    args=ocp.args.PyTreeRestore(
+      item=wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=True,
+    ),
+  )
+  params = _with_empty(stored['params'], abstract_params)
+  # What is not in the checkpoint comes back as it was asked for.
+  if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+    raise ValueError('it lacks parameters')
+  return params
+
+
+def _meet(talk: Agreement, key: str) -> None:
+  talk.meet(f'Orbax: {key}', lambda: None)
+
+
+def _without_empty(tree: Any) -> Any:
+  """Puts a 0 in the place of each array without elements.
+
+  Orbax refuses to write those, and a model may have them: a shared expert of
+  width 0. A number in their place lets a model of another width be noticed.
+  """
+  return jax.tree.map(lambda x: x if x.size else 0, tree)
+
+
+def _with_empty(stored: Any, abstract_tree: Any) -> Any:
+  """Undoes `_without_empty`."""
+  return jax.tree.map(
+    lambda like, x: (
+      x
+      if like.size
+      else jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    ),
+    abstract_tree,
+    stored,
+  )
+
+
+@functools.cache
+def quiet() -> None:
+  """Keeps tracebacks off the terminal of failures that are raised as well."""
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  report = sys.unraisablehook
+
+  def report_others(failure):
+    # A write fails and Orbax closes its event loop; those that TensorStore has
+    # still under way then fail too and have nobody to tell.
+    if str(failure.exc_value) != 'Event loop is closed':
+      report(failure)
+
+  sys.unraisablehook = report_others

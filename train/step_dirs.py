@@ -1,0 +1,106 @@
+"""The directories of a run's checkpoints, each named by its step."""
+
+import contextlib
+import errno
+import os
+import time
+
+from etils import epath
+
+from train import manifest, storage
+from train.agreement import SharedError
+
+TEMPORARY = '.orbax-checkpoint-tmp'
+"""Ends a directory's name on a disk until Orbax has committed it."""
+
+
+def absolute(directory: epath.PathLike) -> epath.Path:
+  """As Orbax wants it."""
+  path = epath.Path(directory)
+  return path.absolute() if storage.is_local(path) else path
+
+
+def present(directory: epath.Path) -> list[tuple[int, bool]]:
+  """The steps there, ascending, each with whether its manifest is there."""
+  if not directory.exists():
+    return []
+  names = [path.name for path in directory.iterdir()]
+  steps = sorted(int(name) for name in names if name.isdecimal())
+  return [
+    (step, (directory / str(step) / manifest.NAME).exists()) for step in steps
+  ]
+
+
+def prepare(directory: epath.Path, step: int) -> None:
+  """Makes room for a step, and finds out at once whether there is any.
+
+  Raises:
+    OSError: there is none.
+  """
+  clear(directory)
+  remove(directory, step)
+  if storage.is_local(directory):
+    (directory / f'{step}{TEMPORARY}').mkdir()
+
+
+def clear(directory: epath.Path) -> None:
+  """Makes it, or removes what Orbax has not committed there.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  for path in directory.iterdir():
+    if path.name.endswith(TEMPORARY):
+      _remove(path)
+
+
+def remove(directory: epath.Path, step: int) -> None:
+  """Removes a step; half removed, it counts as incomplete.
+
+  Raises:
+    OSError: it cannot be removed.
+  """
+  path = directory / str(step)
+  (path / manifest.NAME).unlink(missing_ok=True)
+  _remove(path)
+
+
+def discard(directory: epath.Path, step: int) -> None:
+  """Removes what a save that failed has left, as far as that can be done."""
+  with contextlib.suppress(Exception):
+    remove(directory, step)
+  with contextlib.suppress(Exception):
+    clear(directory)
+
+
+def reason(error: Exception, directory: epath.Path, verb: str) -> str:
+  """One line on a failure to 'read' or 'write'.
+
+  A full disk is told by its text too: TensorStore reports it as a ValueError.
+  """
+  if isinstance(error, (SharedError, manifest.DamagedError)):
+    return str(error)
+  number = getattr(error, 'errno', None)
+  if number in storage.FULL or os.strerror(errno.ENOSPC) in str(error):
+    return f'no space left to write {directory}'
+  if number is not None:
+    return f'cannot {verb} {directory}: {os.strerror(number)}'
+  return f'cannot {verb} {directory}: {first(error) or type(error).__name__}'
+
+
+def first(error: Exception) -> str:
+  """TensorStore appends its whole specification, in brackets."""
+  return str(error).strip().split('\n')[0].split(' [')[0][:300]
+
+
+def _remove(path: epath.Path) -> None:
+  """What TensorStore is still writing there may come back for a moment."""
+  for attempt in range(5):
+    try:
+      path.rmtree(missing_ok=True)
+      return
+    except OSError:
+      if attempt == 4:
+        raise
+      time.sleep(0.1)
