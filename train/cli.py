@@ -95,16 +95,19 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
 
 def positive(text: str) -> int:
   """A whole number from 1, for options that are not fields."""
-  if int(text) < 1:
-    raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-  return int(text)
+  return _least(1, text)
 
 
 def count(text: str) -> int:
   """A whole number from 0, for options that are not fields."""
-  if int(text) < 0:
-    raise argparse.ArgumentTypeError(f'{text} is below 0')
-  return int(text)
+  return _least(0, text)
+
+
+def _least(least: int, text: str) -> int:
+  value = _converter(int)(text)
+  if value < least:
+    raise argparse.ArgumentTypeError(f'{text} is not at least {least}')
+  return value
 
 
 def share(text: str) -> float:
@@ -118,12 +121,7 @@ def share(text: str) -> float:
 def span(text: str) -> tuple[int, int]:
   """'FIRST' or 'FIRST:COUNT', both from 1; a count is 3 unless given."""
   first, colon, many = text.partition(':')
-  try:
-    return positive(first), positive(many) if colon else 3
-  except ValueError:
-    raise argparse.ArgumentTypeError(
-      f'{text!r} is not FIRST or FIRST:COUNT, in steps'
-    ) from None
+  return positive(first), positive(many) if colon else 3
 
 
 def path(text: str) -> pathlib.Path:

@@ -11,6 +11,7 @@ import sys
 from etils import epath
 
 from train import cli, paper, recipe_table, recipes, sample_options
+from train.errors import UserError
 from train.watch_options import WatchOptions
 
 _DONE = 0
@@ -112,6 +113,11 @@ def _run(options: argparse.Namespace) -> int:
   from train import distributed, loop
 
   config = cli.config(options.recipe, options)
+  if options.profile and options.profile[0] > config.steps:
+    raise UserError(
+      f'--profile ({options.profile[0]}) is past the last step, --steps '
+      f'({config.steps})'
+    )
   with distributed.cluster(*_processes(options)):
     result = loop.run(
       config,

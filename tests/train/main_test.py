@@ -104,7 +104,7 @@ def test_text_that_cannot_be_used(
       '--processes', '2', '--process', '2'],
      '--process (2) must be below --processes (2): it counts from 0'),
     (['run', 'demo', '--run-dir', 'RUN', '--process', '-1'],
-     '--process: -1 is below 0'),
+     '--process: -1 is not at least 0'),
     (['run', 'demo', '--run-dir', 'RUN', '--processes', '0'],
      '--processes: 0 is not at least 1'),
     (['run', 'demo', '--run-dir', 'RUN', '--coordinator', 'here',
