@@ -37,8 +37,8 @@ TABLE = [
    'cannot write OTHER/stray/below: Not a directory'),
   ('run demo --run-dir /proc/run TINY',
    'cannot write /proc/run: No such file or directory'),
-  ('run demo --run-dir s3://bucket/run', "argument --run-dir: "
-   ''s3://bucket/run' is neither a path nor a gs://BUCKET/... address (see '
+  ('run demo --run-dir s3://bucket/run', 'argument --run-dir: '
+   "'s3://bucket/run' is neither a path nor a gs://BUCKET/... address (see "
    'python -m train run --help)'),
   ('run demo --run-dir gs://', "argument --run-dir: 'gs://' is neither a path "
    'nor a gs://BUCKET/... address (see python -m train run --help)'),
