@@ -8,12 +8,10 @@ import sys
 
 _PROG = 'python -m train'
 _NEEDED = ('etils.epath', 'flax', 'jax', 'ml_dtypes', 'optax')
-_TO_SAMPLE = (
-  'grain', 'orbax.checkpoint', 'safetensors', 'tokenizers',
-)  # fmt: skip
+_TO_SAMPLE = ('grain', 'orbax.checkpoint', 'safetensors', 'tokenizers')
 _TO_TRAIN = (
-  'array_record', 'grain', 'orbax.checkpoint', 'rich',
-  'tensorflow_datasets', 'tokenizers',
+  'array_record', 'grain', 'orbax.checkpoint', 'tensorflow_datasets',
+  'tokenizers',
 )  # fmt: skip
 # Beyond what every command needs.
 _NEEDED_BY = {'demo': _TO_TRAIN, 'run': _TO_TRAIN, 'sample': _TO_SAMPLE}

@@ -63,6 +63,12 @@ CHANGED = {
   'seed': 2**32 - 1,
   'eval_every': 3,
   'save_every': 4,
+  'keep.last': 3,
+  'keep.best': False,
+  'keep.every': 8,
+  'guard.bad_steps': 4,
+  'guard.spike': 6.0,
+  'deterministic': True,
 }
 
 
@@ -176,6 +182,8 @@ def test_checks_see_all_options_together():
 def test_booleans(word):
   assert parse('--model.scan_layers', word).model.scan_layers is True
   assert parse('--model.scan_layers', 'false').model.scan_layers is False
+  assert parse('--model.scan_layers').model.scan_layers is True
+  assert parse('--deterministic', '--steps', '99').deterministic is True
 
 
 MISTAKES = [
@@ -192,7 +200,6 @@ MISTAKES = [
   ('--eval_every 0', '--eval_every must be at least 1'),
   ('--save_every 0', '--save_every must be at least 1'),
   ('--model.scan_layers 1', "--model.scan_layers: '1' is neither true nor"),
-  ('--model.scan_layers', 'expected one argument'),
   ('--model.d_model 30', '--model.n_heads (4) must divide model.d_model'),
   ('--model.d_model 12', '--model.d_model / model.n_heads is 3'),
   ('--model.n_kv_heads 3', '--model.n_kv_heads (3) must divide'),

@@ -191,7 +191,7 @@ def test_what_needs_no_data_runs_without_its_packages(
   tmp_path, one_error, argv
 ):
   """Nor does anything but training and sampling read data."""
-  without = {*sum(entry._NEEDED_BY.values(), ())} - {'etils.epath'}
+  without = {*sum(entry._NEEDED_BY.values(), ())}
   code = (
     'import sys\n'
     f'for name in {without!r}: sys.modules[name] = None\n'
@@ -211,6 +211,10 @@ def test_what_needs_no_data_runs_without_its_packages(
     assert 'demo' in done.stdout
 
 
+# Of 'gcs' and 'tensorboard'; imported where they are asked for.
+OF_EXTRAS = {'aiohttp', 'fsspec', 'gcsfs', 'tensorboardX', 'wandb'}
+
+
 def test_every_package_that_is_imported_is_looked_for():
   imported = set()
   for package in ('models', 'train'):
@@ -223,10 +227,13 @@ def test_every_package_that_is_imported_is_looked_for():
   own = {'models', 'train', 'gradpower_optax'}
   names = {*entry._NEEDED, *sum(entry._NEEDED_BY.values(), ())}
   needed = {name.split('.')[0] for name in names}
-  # numpy comes with jax; TFDS needs array_record without declaring it.
-  assert imported - own - sys.stdlib_module_names - {'numpy'} == (
+  # They come with jax and flax; of extras; TFDS needs array_record without
+  # declaring it.
+  others = {'numpy', 'rich', *OF_EXTRAS}
+  assert imported - own - sys.stdlib_module_names - others == (
     needed - {'array_record'}
   )
+  assert not OF_EXTRAS & needed
 
 
 def test_an_interruption_before_the_run_is_one_line(
