@@ -27,12 +27,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks import peaks, shapes, timing
+from benchmarks import shapes, timing
 from models import accounting, families, sharding
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.loss import cross_entropy
-from train import step
+from train import hardware, step
 from train.config import Config, DataConfig, OptimizerConfig
 from train.optimizer import make_optimizer
 
@@ -291,7 +291,9 @@ def measure(
       config, length, causal=True
     ),
   }
-  peak, missing = peaks.peak(facts['platform'], facts['device'], config.dtype)
+  peak, missing = hardware.peak(
+    facts['platform'], facts['device'], config.dtype
+  )
   rate = tokens / step_seconds
   return {
     'benchmark': 'model',
@@ -335,7 +337,7 @@ def format_result(result: dict[str, Any]) -> str:
   if result['mfu'] is None:
     mfu = f'MFU: left out, {result["mfu_missing"]}.'
   else:
-    peak = peaks.PEAKS[result['machine']['device']]
+    peak = hardware.PEAKS[result['machine']['device']]
     mfu = (
       f'MFU {100 * result["mfu"]:.1f} %: FLOPs a token x tokens a second / '
       f"the device's published {peak:.3g} in "

@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import peaks, shapes, timing
+from benchmarks import shapes, timing
 from benchmarks.own_step import POWER
 from models import accounting
 from models.config import DecoderConfig, Qwen2MoeConfig
+from train import hardware
 
 LIMIT = 'limit'
 PLAIN = 'step, power 1'
@@ -67,7 +68,9 @@ def result(
   tokens = settings['batch'] * settings['length']
   per_token = accounting.flops_per_token(config, settings['length'])
   limits = [2 * settings['side'] ** 3 / s for s in seconds[LIMIT]]
-  peak, missing = peaks.peak(facts['platform'], facts['device'], config.dtype)
+  peak, missing = hardware.peak(
+    facts['platform'], facts['device'], config.dtype
+  )
   programs = []
   for name, taken in seconds.items():
     if name == LIMIT:
@@ -264,8 +267,8 @@ def _mfu(document: Mapping[str, Any]) -> str:
   return (
     f'MFU: {document["flops_per_token"] / 1e9:.4g} GFLOP a token x tokens a '
     'second / published bfloat16 peak\n'
-    f'  ({peaks.PEAKS[document["machine"]["device"]]:.3g} a device); a token: '
-    '6 x active matrix parameters (the head, not\n'
+    f'  ({hardware.PEAKS[document["machine"]["device"]]:.3g} a device); '
+    'a token: 6 x active matrix parameters (the head, not\n'
     '  the embedding) + 12 x layers x d_model x length; recomputation does '
     f'not\n  count; with half the scores, {causal:.3f} of it'
   )

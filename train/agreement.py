@@ -15,7 +15,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 LIMIT = 600
-"""Seconds that one process waits for the others, at most."""
+"""Seconds that one process waits for another, at most."""
+MARGIN = 30
+"""Process 0 decides so much earlier than the others give up."""
 
 _logger = logging.getLogger('train')
 _names = itertools.count()  # All processes count alike.
@@ -107,12 +109,13 @@ class Agreement:
 
   def _collect(self, key: str, what: str) -> tuple[str, list[Any]]:
     """In process 0: the first failure, and the results."""
-    end = time.monotonic() + LIMIT - 30
+    seconds = LIMIT - MARGIN
+    end = time.monotonic() + seconds
     failures, results = [], []
     for number in range(count()):
-      told = _get(f'{key}/{number}', max(end - time.monotonic(), 1))
+      told = _get(f'{key}/{number}', max(end - time.monotonic(), 0.01))
       if told is None:
-        told = [f'process {number} was waited for {LIMIT} s ({what})', None]
+        told = [f'process {number} was waited for {seconds} s ({what})', None]
       failures.append(told[0])
       results.append(told[1])
     return next(filter(None, failures), ''), results

@@ -10,9 +10,9 @@ Colours are CSS classes, hence light, dark and print share one drawing.
 import dataclasses
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
-Points = Sequence[tuple[float, float]]
+from train.series import Points, thin
 
 # Okabe and Ito's colour-blind-safe hues, darkened or lightened until they
 # read on white and on near-black; markers repeat the distinction in shape.
@@ -25,6 +25,7 @@ _MARKERS = (
   'M0-4.5L4.5 3.5h-9z',
   'M0 4.5L4.5-3.5h-9z',
 )
+_LINES: Mapping[int, str] = {}
 
 _RULES = """
 .plot { padding: 6px 22px 44px 58px; }
@@ -38,12 +39,14 @@ _RULES = """
 .grid { stroke: var(--rule); }
 .axis { stroke: var(--soft); }
 .zero { stroke: var(--ink); stroke-width: 1.5; }
-.line, .thick, .soft, .faint { fill: none; stroke: currentColor;
-  stroke-width: 2; stroke-linejoin: round;
+.line, .thick, .soft, .faint, .dashed, .dotted { fill: none;
+  stroke: currentColor; stroke-width: 2; stroke-linejoin: round;
   stroke-linecap: round; }
 .thick { stroke-width: 7; opacity: .6; }
 .soft { stroke-width: 1.3; opacity: .8; }
 .faint { stroke-width: 1; opacity: .22; }
+.dashed { stroke-dasharray: 4 6; }
+.dotted { stroke-width: 1.5; stroke-dasharray: 1 5; opacity: .8; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.2; }
 .key { display: inline-block; width: 30px; height: 12px; margin-right: 5px;
   vertical-align: -1px; }
@@ -74,7 +77,8 @@ class Curve:
   """Index of the run, which decides colour and marker."""
   points: Points
   style: str = 'line'
-  """'line', 'thick', 'soft', 'faint', or 'marked' (a line with markers)."""
+  """'line', 'thick', 'soft', 'faint', 'dashed', 'dotted', or 'marked' (a line
+  with markers)."""
   name: str = ''
   """Named in the tooltip of a marker."""
 
@@ -145,59 +149,9 @@ class Axis:
     return sign + text.replace('-', '\N{MINUS SIGN}')
 
 
-def smooth(points: Points, limit: int = 1000) -> Points:
-  """A centred triangular mean over 2% of the points to either side.
-
-  Triangular, so that a spike gives a small peak and not a box. Narrower at
-  the start, where the curve is steep, and one-sided at the end, where it is
-  flat and a hook of noise would mislead. Non-finite values are left out of
-  their neighbours' means and stay gaps. Of a long series, about limit means
-  are taken; each is summed afresh, since running sums would never recover
-  from one value of 1e30.
-  """
-  last = len(points) - 1
-  half = max(1, len(points) // 50)
-  out = []
-  for i in sorted({*range(0, last + 1, max(1, last // limit)), last} - {-1}):
-    x, mean = points[i]
-    if math.isfinite(mean):
-      h = min(half, i)
-      near = [
-        (h + 1 - abs(k), points[i + k][1])
-        for k in range(-h, min(h, last - i) + 1)
-        if math.isfinite(points[i + k][1])
-      ]
-      total = math.fsum(weight * y for weight, y in near)
-      mean = total / sum(weight for weight, _ in near)
-    out.append((x, mean))
-  return out
-
-
-def thin(points: Points, limit: int = 500) -> Points:
-  """Lowest and highest point of each of limit buckets, so spikes survive."""
-  if len(points) <= 2 * limit:
-    return points
-  kept = set()
-  for i in range(limit):
-    bucket = range(len(points) * i // limit, len(points) * (i + 1) // limit)
-    finite = [j for j in bucket if math.isfinite(points[j][1])]
-    if len(finite) < len(bucket):
-      kept.add(next(j for j in bucket if not math.isfinite(points[j][1])))
-    if finite:
-      kept.add(min(finite, key=lambda j: points[j][1]))
-      kept.add(max(finite, key=lambda j: points[j][1]))
-  return [points[j] for j in sorted(kept | {0, len(points) - 1})]
-
-
 def signed(value: float, digits: int = 4) -> str:
   """The value with its sign, a true minus."""
   return f'{value:+.{digits}f}'.replace('-', '\N{MINUS SIGN}')
-
-
-def quantile(values: Iterable[float], q: float) -> float:
-  """The q-quantile (nearest rank) of the finite values; nan without any."""
-  ranked = sorted(v for v in values if math.isfinite(v))
-  return ranked[round(q * (len(ranked) - 1))] if ranked else math.nan
 
 
 def y_axis(
@@ -226,21 +180,22 @@ def y_axis(
   if symmetric:
     high = 1.2 * max(map(abs, values)) or 1e-3
     return Axis(title, -high, high, plus=True)
-  low = 0.0 if zero else low
+  if zero:
+    low, high = min(low, 0.0), max(high, 0.0)
   margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
   return Axis(title, low if zero else low - margin, high + margin)
 
 
-def legend(names: Sequence[str]) -> str:
+def legend(names: Sequence[str], styles: Mapping[int, str] = _LINES) -> str:
   """The runs' names, each with its colour and marker; '' leaves one out."""
   items = (
     f'<li><svg class="key {colour(i)}" aria-hidden="true">'
-    '<line class="line" x1="1" x2="29" y1="6" y2="6"/>'
+    f'<line class="{styles.get(i, "line")}" x1="1" x2="29" y1="6" y2="6"/>'
     f'{_marker(i, "15", "6", "mark")}</svg>{html.escape(name)}</li>'
     for i, name in enumerate(names)
     if name
   )
-  return f'<ul class="legend">{"".join(items)}</ul>'
+  return f'<ul class="legend">{"".join(items)}</ul>' if any(names) else ''
 
 
 def chart(
@@ -249,6 +204,7 @@ def chart(
   y: Axis | None,
   curves: Sequence[Curve],
   zero: bool = False,
+  over: str = '',
 ) -> str:
   """One chart as HTML: the y axis's title above, the plot, ticks around it.
 
@@ -258,6 +214,7 @@ def chart(
     y: vertical axis; None says that there is nothing finite to draw.
     curves: drawn in order, the later ones above.
     zero: draw a strong line at y = 0.
+    over: SVG to draw over the curves, its places in percent.
   """
   label = html.escape(label)
   if y is None:
@@ -266,20 +223,20 @@ def chart(
     )
   frame, strokes, marks = [], [], []
   for value, text in y.ticks():
-    place = _percent(1 - y.place(value))
+    place = percent(1 - y.place(value))
     frame.append(
       f'<line class="grid" x2="100%" y1="{place}" y2="{place}"/>'
       f'<text class="y" x="0" y="{place}" dx="-8" dy="4">{text}</text>'
     )
   for value, text in x.ticks():
-    place = _percent(x.place(value))
+    place = percent(x.place(value))
     frame.append(
       f'<line class="grid" x1="{place}" x2="{place}" y2="100%"/>'
       f'<text class="x" x="{place}" y="100%" dy="18">{text}</text>'
     )
   frame.append('<line class="axis" x2="100%" y1="100%" y2="100%"/>')
   if zero:
-    place = _percent(1 - y.place(0))
+    place = percent(1 - y.place(0))
     frame.append(f'<line class="zero" x2="100%" y1="{place}" y2="{place}"/>')
   for curve in curves:
     points = thin(curve.points)
@@ -294,7 +251,7 @@ def chart(
     f'<p class="axis-title">{html.escape(y.title)}</p><div class="plot">'
     f'<svg role="img" aria-label="{label}">{"".join(frame)}'
     '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" height="100%">'
-    f'{"".join(strokes)}</svg>{"".join(marks)}'
+    f'{"".join(strokes)}</svg>{over}{"".join(marks)}'
     f'<text class="x" x="50%" y="100%" dy="38">{html.escape(x.title)}</text>'
     '</svg></div>'
   )
@@ -305,7 +262,8 @@ def colour(run: int) -> str:
   return f'c{run % len(_LIGHT)}'
 
 
-def _percent(place: float) -> str:
+def percent(place: float) -> str:
+  """A place in a range, 0 to 1, as a length in a drawing."""
   return f'{100 * place:.2f}%'
 
 
@@ -324,7 +282,7 @@ def _marks(x: Axis, y: Axis, curve: Curve) -> list[str]:
   for px, py in list(reversed(curve.points))[::every]:
     if math.isfinite(py) and 0 <= y.place(py) <= 1:
       title = f'{curve.name}: {py:.4f} at {px:,.0f}'
-      at = _percent(x.place(px)), _percent(1 - y.place(py))
+      at = percent(x.place(px)), percent(1 - y.place(py))
       out.append(_marker(curve.run, *at, 'mark', title))
   return out
 

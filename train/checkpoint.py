@@ -56,9 +56,8 @@ class Checkpoints:
       UserError: the directory cannot be written.
     """
     self._directory = step_dirs.absolute(directory)
-    self._keep = keep
     self._facts = facts
-    self._losses: dict[int, float | None] = {}  # Of complete ones.
+    self._keeper = retention.Keeper(self._directory, keep)
     self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     self._save: SaveJob | None = None  # The last.
     talk = self._agreement('write')
@@ -95,11 +94,14 @@ class Checkpoints:
       except SharedError as error:
         refused.append((step, str(error)))
         continue
+      self._keeper.refuse(step for step, _ in refused)
       return Restored(step, self._read(step, abstract_state), refused)
     if any(complete for _, complete in found):
       none = _none_left(self._directory, refused)
       none.shared = True
       raise none
+    for step, reason in refused:
+      _logger.warning('warning: step %d is passed over: %s', step, reason)
     return None
 
   def save(
@@ -117,7 +119,7 @@ class Checkpoints:
 
     def ended(outcome):
       if not outcome.error:
-        in_main(self._retire, step, validation_loss)
+        in_main(self._keeper.saved, step, validation_loss)
       self._outcomes.put(outcome)
 
     self.close()
@@ -148,24 +150,6 @@ class Checkpoints:
     return Agreement(
       lambda error: step_dirs.reason(error, self._directory, verb)
     )
-
-  def _retire(self, newest: int, validation_loss: float | None) -> None:
-    """Removes what the rules do not keep, and what is not complete."""
-    try:
-      for step in set(self.steps()) - self._losses.keys():
-        with contextlib.suppress(manifest.DamagedError):
-          content = manifest.read(self._directory / str(step), step)
-          self._losses[step] = content['validation_loss']
-      self._losses[newest] = validation_loss
-      steps = retention.kept(self._losses, self._keep, newest)
-      for step, _ in step_dirs.present(self._directory):
-        if step not in steps:
-          self._losses.pop(step, None)
-          step_dirs.remove(self._directory, step)
-    except Exception as error:  # They go at the next save.
-      _logger.warning(
-        'warning: %s', step_dirs.reason(error, self._directory, 'write')
-      )
 
   def _verify(self, talk: Agreement, step: int) -> None:
     """Each process reads its share of the files."""
@@ -206,29 +190,33 @@ def restore_params(
       these.
   """
   directory = step_dirs.absolute(directory)
-  step = _intact(directory, step)
-  try:
-    return state_files.read_params(directory / str(step), abstract_params)
-  except state_files.MISFITS as error:
-    raise UserError(
-      f'cannot read step {step} from {directory} ({step_dirs.first(error)})'
-    ) from error
+  while True:
+    with one_line_errors(directory):
+      found = step_dirs.present(directory)
+    try:
+      return _read_params(directory, abstract_params, dict(found), step)
+    except UserError:
+      # Where a run has removed it meanwhile, there is a newer one.
+      if step is not None or step_dirs.present(directory) == found:
+        raise
 
 
-def _intact(directory: epath.Path, wanted: int | None) -> int:
-  """The step wanted, or the newest, whose files are what was saved."""
-  with one_line_errors(directory):
-    found = step_dirs.present(directory)
-  steps = [step for step, complete in found if complete]
+def _read_params(
+  directory: epath.Path,
+  abstract_params: Any,
+  found: dict[int, bool],
+  wanted: int | None,
+) -> Any:
+  steps = [step for step, complete in found.items() if complete]
   if wanted is None and not steps:
     raise UserError(f'there is no checkpoint yet in {directory}')
-  if wanted is not None and wanted not in dict(found):
+  if wanted is not None and wanted not in found:
     raise UserError(
       f'there is no step {wanted} in {directory}, only '
       f'{", ".join(map(str, steps)) or "none"}'
     )
   refused: list[tuple[int, str]] = []
-  for step in [step for step, _ in reversed(found) if wanted in (None, step)]:
+  for step in [step for step in reversed(found) if wanted in (None, step)]:
     path = directory / str(step)
     try:
       manifest.check(path, manifest.read(path, step)['files'])
@@ -239,7 +227,12 @@ def _intact(directory: epath.Path, wanted: int | None) -> int:
       _logger.warning(
         'warning: step %d is passed over for step %d: %s', other, step, reason
       )
-    return step
+    try:
+      return state_files.read_params(path, abstract_params)
+    except state_files.MISFITS as error:
+      raise UserError(
+        f'cannot read step {step} from {directory} ({step_dirs.first(error)})'
+      ) from error
   raise _none_left(directory, refused)
 
 

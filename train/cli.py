@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from models import families
-from train import recipes
+from train import recipes, storage
 from train.config import Config
 from train.errors import UserError
 
@@ -44,14 +44,15 @@ class Parser(argparse.ArgumentParser):
 def add_config_options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every field of `Config`, of all families of models."""
   for path, kind in _options().items():
+    # A boolean's name alone means true.
+    alone: dict[str, Any] = {'nargs': '?', 'const': True}
     parser.add_argument(
       f'--{path}',
       dest=path,
       default=argparse.SUPPRESS,
       type=_SPECIAL[kind][0] if kind in _SPECIAL else _converter(kind),
       metavar=_SPECIAL[kind][1] if kind in _SPECIAL else kind.__name__,
-      # A boolean's name alone means true.
-      **({'nargs': '?', 'const': True} if kind is bool else {}),
+      **(alone if kind is bool else {}),
     )
 
 
@@ -138,14 +139,12 @@ def path(text: str) -> pathlib.Path:
 
 def place(text: str) -> epath.Path:
   """A path on a disk, or an address in an object store, 'gs://...'."""
-  scheme, colon, rest = text.partition('://')
-  if not colon:
+  if '://' not in text:
     return epath.Path(path(text))
-  if scheme != 'gs' or not rest.strip('/'):
-    raise argparse.ArgumentTypeError(
-      f'{text!r} is neither a path nor a gs://BUCKET/... address'
-    )
-  return epath.Path(text)
+  try:
+    return storage.directory(text)
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _options() -> dict[str, Any]:

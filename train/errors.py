@@ -10,7 +10,7 @@ class UserError(Exception):
   """What the program exits with."""
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
   """Training has come to where nothing it computes is a number any more."""
 
   status = 3

@@ -1,39 +1,106 @@
 """The figures of a report: which curves, in which range, and what they mean."""
 
+import dataclasses
 import html
 import math
 from collections.abc import Iterable, Sequence
 
-from train import charts
+from train import charts, series, timeline
+from train.lives import lives
 from train.run_log import RunLog, paired_difference, x_key
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+  """Something that each step measures, drawn as it is and as a mean."""
+
+  key: str
+  head: str
+  title: str
+  """Of the vertical axis, with the unit."""
+  scale: float = 1.0
+  log: bool = False
+  text: str = 'Faint: each measurement; full: a centred mean.'
+  mean: bool = True
+  """False draws each measurement alone."""
+
+
+_NORMS = (
+  _Measure('grad_norm', 'before clipping', 'Global norm (log scale)', log=True),
+  _Measure('clipped_norm', 'after clipping', 'Global norm (log scale)',
+           log=True),
+  _Measure('powered_norm', 'after the power', 'Global norm (log scale)',
+           log=True),
+)  # fmt: skip
+_SPEED = (
+  _Measure('tokens_per_second', 'Throughput', 'Tokens per second'),
+  _Measure('mfu', 'Model FLOPs utilisation', 'Percent of the published peak',
+           100.0),
+  _Measure('data_seconds', 'Waiting for data', 'Milliseconds a step', 1e3),
+  _Measure('memory', 'Memory', 'GiB, the most since the last start', 1 / 2**30,
+           text='Of the fullest device, or of the process on a CPU.',
+           mean=False),
+)  # fmt: skip
+_EXPERTS = (
+  _Measure('expert_load_max', 'Load of the busiest expert',
+           'Tokens over an even share',
+           text='In the layer worst off. 1 is even.'),
+  _Measure('router_entropy', 'Entropy of routing', 'Nats a token',
+           text='In the layer where it is lowest.'),
+)  # fmt: skip
+
+
 def draw(runs: Sequence[RunLog], base: RunLog) -> str:
-  """All figures that the runs have data for, as HTML."""
+  """All figures over steps that the runs have data for, as HTML."""
   x = x_key(runs)
-  end = max(at for run in runs for at, _ in _losses(run, x))
+  end = max((at for run in runs for at, _ in _losses(run, x)), default=0)
   title = 'Step' if x == 'step' else 'Training tokens'
   x_axis = charts.Axis(title, 0, end or 1)
   out = [_loss(runs, x, x_axis)]
   if len(runs) > 1:
     out.append(_difference(runs, base, x, x_axis))
-  out += [
-    _learning_rate(runs, x, x_axis),
-    _noisy(runs, x, x_axis, 'grad_norm'),
-    _noisy(runs, x, x_axis, 'tokens_per_second'),
-  ]
-  return '\n'.join(out)
+  out.append(_learning_rate(runs, x, x_axis))
+  if len(runs) == 1:
+    out.append(_norms(runs[0], x, x_axis))
+  else:
+    out += [
+      _noisy(runs, x, x_axis, dataclasses.replace(
+        norm, head=f'Gradient norm {norm.head}'
+      ))
+      for norm in _NORMS
+    ]  # fmt: skip
+  out += [_noisy(runs, x, x_axis, measure) for measure in (*_SPEED, *_EXPERTS)]
+  return '\n'.join(filter(None, out))
+
+
+def over_time(runs: Sequence[RunLog]) -> str:
+  """The figure over wall-clock time; empty where no line has a time."""
+  if not (plot := timeline.draw(runs)):
+    return ''
+  text = 'Bars: from each start to the last sign of life.'
+  if any(len(lives(run)) > 1 for run in runs):
+    text += (
+      ' Upright lines: restarts. What a run that died had done since its last '
+      'save is lost, and done again.'
+    )
+  return _figure('Time', text, _legend(runs), plot, wide=True)
 
 
 def _losses(run: RunLog, x: str) -> list[tuple[float, float]]:
   return [*run.series('loss', x), *run.series('loss', x, 'validation')]
 
 
-def _figure(head: str, text: str, names: Sequence[str], body: str) -> str:
+def _legend(runs: Sequence[RunLog]) -> str:
+  """The runs' names, which a single run does without."""
+  return charts.legend([run.name for run in runs]) if len(runs) > 1 else ''
+
+
+def _figure(
+  head: str, text: str, legend: str, body: str, *, wide: bool = False
+) -> str:
   return (
-    f'<figure class="{"wide" if head == "Loss" else "half"}"><figcaption>'
-    f'<h3>{head}</h3>{html.escape(text)}</figcaption>{charts.legend(names)}'
-    f'{body}</figure>'
+    f'<figure class="{"wide" if wide else "half"}"><figcaption>'
+    f'<h3>{head}</h3>{html.escape(text)}</figcaption>{legend}{body}</figure>'
   )
 
 
@@ -54,11 +121,11 @@ def _loss(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> str:
     # Without the fall from the loss at initialisation, which would flatten
     # all that follows, and without single outliers.
     late = _from(0.1, train, x_axis)
-    fit += [charts.quantile(late, 0.002), charts.quantile(late, 0.995)]
+    fit += [series.quantile(late, 0.002), series.quantile(late, 0.995)]
     fit += _from(0.1, held_out, x_axis)
     curves += [
       (0, charts.Curve(i, train, 'faint')),
-      (1, charts.Curve(i, charts.smooth(train), 'soft')),
+      (1, charts.Curve(i, series.smooth(train), 'soft')),
       (2, charts.Curve(i, held_out, 'marked', run.name)),
     ]
   # Above where it began a run has diverged; how far is of no interest.
@@ -75,12 +142,18 @@ def _loss(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> str:
     x_axis,
     charts.y_axis('Loss, nats per token', fit),
     [curve for _, curve in sorted(curves, key=lambda pair: pair[0])],
+    over=timeline.on_steps(runs, x_axis, x),
   )
   text = (
     'With markers: validation. Thin: training, a centred mean; faint: each '
     'training measurement. The range fits all but the first tenth.'
   )
-  return _figure('Loss', text, [run.name for run in runs], plot)
+  if any(run.resumed for run in runs):
+    text += ' Upright lines: restarts.'
+  if any(event.kind == 'skipped' for run in runs for event in run.events):
+    text += ' Crosses: skipped steps.'
+  legend = charts.legend([run.name for run in runs])
+  return _figure('Loss', text, legend, plot, wide=True)
 
 
 def _difference(
@@ -114,54 +187,85 @@ def _difference(
     f'Arm minus {base.name} at {where}: below zero the arm is better. The '
     'range fits all but the first fifth.'
   )
-  names = ['' if run is base else run.name for run in runs]
-  return _figure('Paired difference of validation loss', text, names, plot)
+  legend = charts.legend(['' if run is base else run.name for run in runs])
+  return _figure('Paired difference of validation loss', text, legend, plot)
 
 
 def _learning_rate(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> str:
-  series = [run.series('learning_rate', x) for run in runs]
-  if not any(series):
+  rates = [run.series('learning_rate', x) for run in runs]
+  if not any(rates):
     return ''
-  values = [y for points in series for _, y in points]
+  values = [y for points in rates for _, y in points]
   plot = charts.chart(
     f'Learning rate by {x}.',
     x_axis,
     charts.y_axis('Learning rate', values, zero=True),
     # Of equal schedules the first still shows, on both sides of the last.
     [
-      charts.Curve(i, points, 'line' if i else 'thick')
-      for i, points in enumerate(series)
+      charts.Curve(i, points, 'line' if i or len(runs) == 1 else 'thick')
+      for i, points in enumerate(rates)
     ],
   )
   text = 'Wide: the first arm, so that an equal schedule does not hide it.'
-  if len(runs) == 1:
-    text = ''
-  return _figure('Learning rate', text, [run.name for run in runs], plot)
+  return _figure(
+    'Learning rate', text if len(runs) > 1 else '', _legend(runs), plot
+  )
+
+
+def _norms(run: RunLog, x: str, x_axis: charts.Axis) -> str:
+  """The three norms of a single run in one figure."""
+  points = [run.series(norm.key, x) for norm in _NORMS]
+  if not any(points):
+    return ''
+  heads = [
+    norm.head if found else ''
+    for norm, found in zip(_NORMS, points, strict=True)
+  ]
+  styles = {1: 'dashed'}  # Where nothing is clipped the two are equal.
+  plot = charts.chart(
+    f'Gradient norms by {x}: {", ".join(filter(None, heads))}.',
+    x_axis,
+    _range(points, _NORMS[0]),
+    [charts.Curve(i, points[i], 'faint') for i in (0, 2)]
+    + [
+      charts.Curve(i, series.smooth(found), styles.get(i, 'line'))
+      for i, found in enumerate(points)
+    ],
+  )
+  legend = charts.legend(heads, styles)
+  return _figure('Gradient norms', _NORMS[0].text, legend, plot)
 
 
 def _noisy(
-  runs: Sequence[RunLog], x: str, x_axis: charts.Axis, key: str
+  runs: Sequence[RunLog], x: str, x_axis: charts.Axis, measure: _Measure
 ) -> str:
-  """Gradient norm or throughput: each measurement, and a mean."""
-  series = [run.series(key, x) for run in runs]
-  if not any(series):
+  """A measure of all runs: each measurement, and a mean."""
+  points = [
+    [(at, measure.scale * y) for at, y in run.series(measure.key, x)]
+    for run in runs
+  ]
+  if not any(points):
     return ''
-  values = [y for points in series for _, y in points]
-  if key == 'grad_norm':
-    head = 'Gradient norm'
-    y_axis = charts.y_axis('Global norm (log scale)', values, log=True)
-  else:
-    head = 'Throughput'
-    top = charts.quantile(values, 0.995)
-    y_axis = charts.y_axis(
-      'Tokens per second', [min(y, top) for y in values], zero=True
-    )
   plot = charts.chart(
-    f'{head} by {x}.',
+    f'{measure.head} by {x}.',
     x_axis,
-    y_axis,
-    [charts.Curve(i, points, 'faint') for i, points in enumerate(series)]
-    + [charts.Curve(i, charts.smooth(p)) for i, p in enumerate(series)],
+    _range(points, measure),
+    [charts.Curve(i, found, 'faint') for i, found in enumerate(points)]
+    + [
+      charts.Curve(i, series.smooth(found) if measure.mean else found)
+      for i, found in enumerate(points)
+    ],
   )
-  text = 'Faint: each measurement; full: a centred mean.'
-  return _figure(head, text, [run.name for run in runs], plot)
+  return _figure(measure.head, measure.text, _legend(runs), plot)
+
+
+def _range(
+  points: Sequence[charts.Points], measure: _Measure
+) -> charts.Axis | None:
+  values = [y for found in points for _, y in found]
+  if not measure.log:
+    top = series.quantile(values, 0.995)
+    values = [min(y, top) for y in values]
+  return charts.y_axis(
+    measure.title, values, zero=not measure.log, log=measure.log
+  )

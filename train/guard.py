@@ -1,4 +1,4 @@
-"""Steps that must change nothing: a loss or gradient that is no number, a spike.
+"""Steps that change nothing: a loss or gradient that is no number, a spike.
 
 The decision is part of the step's program, so that neither parameters nor
 moments nor counters have changed by the time that anyone could look. The batch

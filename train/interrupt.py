@@ -10,6 +10,7 @@ from train import distributed
 
 # Of all runs of a program: what JAX agrees on is a number of questions asked.
 _questions = itertools.count(1)
+_CTRL_C = 'interrupted'
 
 
 class Interrupt:
@@ -17,12 +18,13 @@ class Interrupt:
 
   Of several processes each may be the one that is signalled: JAX, which
   listens for SIGTERM from when they are joined, lets all of them stop after
-  the same step.
+  the same step. Until then it alone hears a SIGTERM, however often.
   """
 
   def __init__(self):
     self.received: str | None = None
-    """The signal's name; with several processes, once they agree."""
+    """The signal's name; with several processes, once they agree: 'SIGINT'
+    where any was sent one."""
     self._noted: str | None = None
 
   def __enter__(self):
@@ -43,7 +45,10 @@ class Interrupt:
     if distributed.several() and (
       multihost_utils.reached_preemption_sync_point(next(_questions))
     ):
-      self.received = self._noted or 'SIGTERM'
+      self._noted = 'SIGINT' if distributed.announced(_CTRL_C) else 'SIGTERM'
+      self.received = self._noted
+      signal.signal(signal.SIGTERM, self._note)
+      self._previous[signal.SIGTERM] = signal.SIG_IGN  # All is saved then.
     return self.received is not None
 
   def _note(self, number, frame):
@@ -52,6 +57,7 @@ class Interrupt:
       raise KeyboardInterrupt
     self._noted = signal.Signals(number).name
     if distributed.several():
+      distributed.announce(_CTRL_C)
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.received = self._noted

@@ -7,6 +7,7 @@ process that is killed leaves its terminal as it should be.
 """
 
 import contextlib
+import io
 import logging
 import sys
 import threading
@@ -32,7 +33,12 @@ class Live:
   def __init__(self, file: TextIO, draw: Draw):
     self._file = file
     self._draw = draw
-    self._console = rich.console.Console(file=file, highlight=False)
+    self._text = io.StringIO()
+    self._console = rich.console.Console(
+      file=self._text, force_terminal=True, highlight=False
+    )
+    encoding = getattr(file, 'encoding', None) or 'ascii'
+    self._unicode = encoding.lower().startswith('utf')
     self._lock = threading.RLock()
     self._lengths: list[int] = []  # Of the lines that are up, in cells.
     self._stopped = threading.Event()
@@ -74,15 +80,15 @@ class Live:
 
   def _lines(self) -> str:
     width, height = self._console.size
-    unicode = self._console.encoding.startswith('utf')
     # The last column stays free: some terminals break the line there.
-    text = self._draw(width - 1, height, unicode)
+    text = self._draw(width - 1, height, self._unicode)
     lines = text.split('\n', allow_blank=True)
     self._lengths = [line.cell_len for line in lines]
-    with self._console.capture() as capture:
-      for line in lines:
-        self._console.print(line, no_wrap=True, crop=False, soft_wrap=True)
-    return capture.get().replace('\n', '\x1b[K\n')
+    self._text.seek(0)
+    self._text.truncate()
+    for line in lines:
+      self._console.print(line, no_wrap=True, crop=False, soft_wrap=True)
+    return self._text.getvalue().replace('\n', '\x1b[K\n')
 
   def _write(self, text: str) -> None:
     # A terminal that has gone away is no reason to stop training.

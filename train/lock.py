@@ -38,8 +38,8 @@ class FileLock:
       self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
       try:
         self._take(directory)
-        os.truncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(holder()).encode(), 0)
+        size = os.pwrite(self._file, json.dumps(holder()).encode(), 0)
+        os.truncate(self._file, size)
       except BaseException:
         os.close(self._file)
         raise

@@ -17,7 +17,7 @@ from train import step as step_lib
 from train.checkpoint import Checkpoints
 from train.config import Config, to_dict
 from train.digest import params_digest
-from train.errors import Diverged, UserError
+from train.errors import DivergedError, UserError
 from train.feed import Feed
 from train.interrupt import Interrupt
 from train.mesh import check, make_mesh
@@ -86,7 +86,7 @@ def run(
 
   Raises:
     UserError: the input is at fault, or the end cannot be saved.
-    Diverged: too many steps in a row were not finite.
+    DivergedError: too many steps in a row were not finite.
   """
   kept_programs.keep()
   with distributed.together():
@@ -238,6 +238,7 @@ class _Run:
     every_eval = self.config.eval_every
     self.skipped = int(self.state.guard.skipped)
     pending: _Pending | None = None
+    self.monitor.status('compiling')
     while self.step < self.last and not self.interrupt.stop():
       self.profiler.step(self.step + 1)
       batch, seconds = self._next_batch(pending)
@@ -263,6 +264,7 @@ class _Run:
     if self.step == self.config.steps:
       return 'done'
     hurry = self.interrupt.received is not None
+    self.monitor.status('saving')
     self.saver.finish(self.step, self.state, hurry=hurry)
     return 'interrupted' if self.interrupt.received else 'stopped'
 
@@ -302,7 +304,9 @@ class _Run:
       'data_seconds': round(pending.data_seconds, 6),
       'memory': hardware.memory(),
     }
-    if self.clock is not None:  # The first step's time is compilation.
+    if self.clock is None:
+      self.monitor.status('')
+    else:  # The first step's time is compilation.
       rate = self.config.tokens_per_step / (now - self.clock)
       line['tokens_per_second'] = rate
       if (mfu := hardware.mfu(self.config, rate)) is not None:
@@ -324,7 +328,7 @@ class _Run:
     """Of a step that changed nothing; the end, where there are too many.
 
     Raises:
-      Diverged: in all processes alike.
+      DivergedError: in all processes alike.
     """
     self.skipped = line['skipped']
     step, limit = line['step'], self.config.guard.bad_steps
@@ -339,7 +343,7 @@ class _Run:
       return
     complete = self.saver.complete
     with distributed.together():
-      raise Diverged(
+      raise DivergedError(
         f'the loss or a gradient was not finite {limit} steps in a row, '
         f'{step - limit + 1} to {step}: the last good state is that after step '
         f'{step - limit}, '
@@ -353,6 +357,7 @@ class _Run:
 
   def _evaluate(self) -> float:
     """The mean loss on the held-out split, in nats; written down too."""
+    self.monitor.status('evaluating')
     sums = [
       self.programs.eval_step(self.state.params, batch)
       for batch in self.held_out
@@ -367,11 +372,13 @@ class _Run:
     }
     self.directory.log(line)
     self.monitor.validation(line)
+    self.monitor.status('')
     return loss
 
   def _finish(self) -> Result:
     """The final state is safe before the run says that it is done."""
     loss = self._evaluate()
+    self.monitor.status('saving')
     self.saver.finish(self.step, self.state, loss)
     digest = params_digest(self.state.params, self.config.model)
     end = {'validation_loss': loss, 'params_digest': digest}
@@ -385,7 +392,8 @@ class _Pending:
   """A step that the devices may still be busy with."""
 
   step: int
-  metrics: dict[str, jax.Array]
+  metrics: dict[str, Any]
+  """Of it, as arrays."""
   data_seconds: float
   norms: Any
   """Of `train/statistics.py`; or None."""

@@ -14,6 +14,7 @@ from train.lock import Heartbeat
 from train.metrics_file import MetricsFile
 
 _EVERY = 30.0  # Seconds between uploads, and one more for each megabyte.
+_PAUSE = 2.0  # At least: a store takes the same object once a second.
 
 # What others keep in a run directory from one start to the next.
 _FILES = ('wandb-id',)
@@ -42,7 +43,7 @@ class Mirror:
     self._error = ''
     self._busy = threading.Lock()
     self._wake = threading.Event()
-    self._closed = False
+    self._closing = threading.Event()
     self.files = {name: MetricsFile(self.local / name) for name in files}
     """Those of lines."""
     self._sent: dict[str, object] = dict.fromkeys(files, 0) | {
@@ -78,9 +79,9 @@ class Mirror:
     Raises:
       UserError: it failed; the directory stays.
     """
-    if self._closed:
+    if self._closing.is_set():
       return
-    self._closed = True
+    self._closing.set()
     self._wake.set()
     self._thread.join()
     self._push(self._names())
@@ -89,14 +90,12 @@ class Mirror:
     shutil.rmtree(self.local, ignore_errors=True)
 
   def _keep(self) -> None:
-    while not self._closed:
-      self._wake.wait(_EVERY + self._size() / 2**20)
+    size = 0
+    while not self._closing.wait(_PAUSE):
+      self._wake.wait(_EVERY + size / 2**20)
       self._wake.clear()
-      if not self._closed:
-        self._push(self._names())
-
-  def _size(self) -> int:
-    return sum(len(file.content()) for file in self.files.values())
+      if not self._closing.is_set():
+        size = self._push(self._names())
 
   def _names(self) -> list[str]:
     found = (
@@ -106,28 +105,37 @@ class Mirror:
     )
     return [*self.files, *(name for name in found if name not in self.files)]
 
-  def _push(self, names: Iterable[str]) -> None:
-    """Uploads what has changed; what fails is tried again the next time."""
+  def _push(self, names: Iterable[str]) -> int:
+    """Uploads what has changed; what fails is tried again the next time.
+
+    Returns:
+      The bytes that were uploaded.
+    """
     with self._busy:
-      error = ''
+      size, error = 0, ''
       for name in names:
         try:
-          self._push_one(name)
+          size += self._push_one(name)
         except UserError as failure:
           error = str(failure)
         except Exception as failure:  # Of the store's client: of any kind.
           error = storage.reason(failure, self._remote / name)
       self._error = error
+      return size
 
-  def _push_one(self, name: str) -> None:
-    version = self._version(name)
-    if version == self._sent.get(name):
-      return
-    self._lock.confirm()
+  def _push_one(self, name: str) -> int:
     file = self.files.get(name)
-    content = file.content() if file else (self.local / name).read_bytes()
+    try:
+      version = self._version(name)
+      if version == self._sent.get(name):
+        return 0
+      content = file.content() if file else (self.local / name).read_bytes()
+    except FileNotFoundError:  # It has gone since it was listed.
+      return 0
+    self._lock.confirm()
     (self._remote / name).write_bytes(content)
     self._sent[name] = version
+    return len(content)
 
   def _version(self, name: str) -> object:
     """Other than before wherever the content is."""
@@ -137,7 +145,7 @@ class Mirror:
     return stat.st_mtime_ns, stat.st_size
 
 
-def fetch(remote: epath.Path, files: Iterable[str]) -> pathlib.Path:
+def fetch(remote: epath.Path, files: Iterable[str] = ()) -> pathlib.Path:
   """A new local directory, with what a run reads of its remote one.
 
   Args:
@@ -160,9 +168,7 @@ def fetch(remote: epath.Path, files: Iterable[str]) -> pathlib.Path:
   return local
 
 
-def _to_fetch(
-  remote: epath.Path, files: Iterable[str]
-) -> Iterator[epath.Path]:
+def _to_fetch(remote: epath.Path, files: Iterable[str]) -> Iterator[epath.Path]:
   for name in (*files, *_FILES):
     if (remote / name).exists():
       yield remote / name

@@ -80,13 +80,17 @@ def draw(view: View, width: int, height: int, unicode: bool) -> rich.text.Text:
       row.append_text(line)
     curve = []
   rows = [_title(view, width), _bar(view, width, unicode)]
-  room = height - 4  # For an alert, a status, and the cursor.
+  room = height - 5  # For an alert and a status after a gap, and the cursor.
   for block in (table, curve):
     if block and len(rows) + 1 + len(block) <= room:
       rows += [rich.text.Text(), *block]
-  for text, style in ((view.alert, _ALERT), (view.status, 'italic')):
-    if text:
-      rows.append(rich.text.Text(f' {text}', style))
+  told = [
+    rich.text.Text(f' {text}', style)
+    for text, style in ((view.alert, _ALERT), (view.status, 'italic'))
+    if text
+  ]
+  if told:
+    rows += [rich.text.Text(), *told]
   for row in rows:
     row.truncate(width, overflow='ellipsis' if unicode else 'crop')
   return rich.text.Text('\n').join(rows[: max(1, height - 1)])
@@ -94,10 +98,10 @@ def draw(view: View, width: int, height: int, unicode: bool) -> rich.text.Text:
 
 def _title(view: View, width: int) -> rich.text.Text:
   step = f'step {view.step:,} of {view.steps:,}'
-  name = rich.text.Text(f' {view.name}', 'bold')
+  name = rich.text.Text.assemble((f' {view.name}', 'bold'))
   name.truncate(max(1, width - len(step) - 2))
   name.pad_right(max(1, width - 1 - name.cell_len - len(step)))
-  return name.append(step, 'none')
+  return name.append(step)
 
 
 def _bar(view: View, width: int, unicode: bool) -> rich.text.Text:
@@ -135,7 +139,7 @@ def _cells(view: View) -> list[list[tuple[str, str]]]:
   if 'memory' in line:
     limit = view.memory_limit
     used = gibibytes(line['memory'])
-    used += f' of {gibibytes(limit)}' if limit else ''
+    used += f'  {line["memory"] / limit:.0%}' if limit else ''
   saved = '-'
   if view.saved:
     saved = f'step {view.saved[0]:,}  {clock(view.saved[1])} ago'
@@ -162,10 +166,12 @@ def _table(
   for cells in itertools.zip_longest(*columns, fillvalue=('', '')):
     row = rich.text.Text(' ')
     for label, value in cells:
+      main, _, rest = value.partition('  ')
       fits = _LABEL_WIDTH + len(value) + 1 < width
       cell = rich.text.Text.assemble(
         (label.ljust(_LABEL_WIDTH), 'dim'),
-        (value if fits else value.partition('  ')[0], 'bold'),
+        (main, 'bold'),
+        f'  {rest}' if rest and fits else '',
       )
       cell.truncate(width - 1)
       cell.pad_right(width - cell.cell_len)

@@ -8,112 +8,26 @@ import html
 import json
 import math
 import os
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train import charts, figures
+from etils import epath
+
+from train import (
+  charts,
+  event_table,
+  figures,
+  layer_figures,
+  marks,
+  report_style,
+  storage,
+)
 from train.errors import UserError
+from train.lives import alive, clock, duration, lives
 from train.run_log import RunLog, paired_difference, read_run, x_key
 
 _DASH = '\N{EM DASH}'
-
-_CSS = f"""
-:root {{ color-scheme: light dark; --page: #f6f6f4; --card: #fff;
-  --ink: #1c1d20; --soft: #5c6068; --rule: #e3e3df; --edge: #d9d9d4;
-  --note: #fff6dc; --note-edge: #d9a400; --hit: #fdf3d3; {charts.LIGHT} }}
-@media screen and (prefers-color-scheme: dark) {{
-  :root {{ --page: #111316; --card: #191c20; --ink: #eceae6; --soft: #a5a9b1;
-    --rule: #2b2f35; --edge: #30353c; --note: #2d2610; --note-edge: #d9a400;
-    --hit: #332b12; {charts.DARK} }}
-}}
-"""
-_CSS += """
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans',
-  'Liberation Sans', Arial, sans-serif; overflow-wrap: anywhere; }
-main { max-width: 1160px; margin: 0 auto; padding: 28px 24px 56px; }
-h1 { font-size: clamp(24px, 3.4vw, 34px); line-height: 1.2; margin: 0 0 20px;
-  letter-spacing: -.01em; text-wrap: balance; }
-h2 { font-size: 20px; margin: 40px 0 14px; }
-h3 { font-size: 16px; margin: 0; }
-code { font: 13px ui-monospace, 'DejaVu Sans Mono', Menlo, monospace; }
-aside { background: var(--note); border-left: 5px solid var(--note-edge);
-  border-radius: 6px; padding: 12px 18px; margin: 20px 0; }
-aside p { margin: 0; }
-aside p + p { margin-top: 8px; }
-table { width: 100%; border-collapse: collapse; background: var(--card);
-  border: 1px solid var(--edge); }
-caption { text-align: left; color: var(--soft); font-size: 14px;
-  padding-bottom: 8px; }
-th, td { text-align: left; padding: 9px 14px; vertical-align: top;
-  border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-thead th { font-size: 13px; font-weight: 600; color: var(--soft);
-  border-top: 0; vertical-align: bottom; }
-tbody th { font-weight: 600; }
-small { color: var(--soft); font-size: 13px; }
-.arm { box-shadow: inset 5px 0 currentColor; }
-.arm span { color: var(--ink); }
-.figures { display: grid; gap: 18px;
-  grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.summary { font-size: 15px; }
-.summary th.arm { min-width: 10.5em; }
-.summary td { white-space: nowrap; }
-/* A number is never broken; a long arm's name beside it is. */
-.summary td > span { overflow-wrap: normal; }
-.summary small { display: block; white-space: normal; }
-figure { display: flex; flex-direction: column; margin: 0;
-  padding: 16px 4px 4px; background: var(--card);
-  border: 1px solid var(--edge); border-radius: 8px; min-width: 0; }
-figure > :not(.plot) { margin-left: 14px; margin-right: 14px; }
-.wide { grid-column: 1 / -1; }
-figcaption { color: var(--soft); font-size: 14px; line-height: 1.4; }
-figcaption h3 { color: var(--ink); }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px;
-  padding: 0; margin-top: 8px; margin-bottom: 0; font-size: 14px; }
-.axis-title { font-size: 12px; color: var(--soft); margin-top: auto;
-  margin-bottom: 2px; padding-top: 8px; }
-.differ { overflow-x: auto; margin-bottom: 18px; font-size: 15px;
-  overflow-wrap: break-word; }
-.differ td { background: var(--hit); }
-.sections { columns: 3 300px; column-gap: 18px; }
-.sections table { break-inside: avoid; margin-bottom: 18px; font-size: 14px; }
-.sections caption { color: var(--ink); font-weight: 600; padding-bottom: 4px; }
-.sections th, .sections td { padding: 4px 10px; width: 50%; }
-.sections th { font-weight: 400; color: var(--soft); }
-@media screen and (max-width: 860px) {
-  main { padding: 20px 14px 40px; }
-  .figures { grid-template-columns: minmax(0, 1fr); }
-  .summary, .summary tbody, .summary tr, .summary th, .summary caption {
-    display: block; border-width: 0; }
-  .summary thead { display: none; }
-  .summary { background: none; }
-  .summary tr { background: var(--card); border: 1px solid var(--edge);
-    margin-bottom: 12px; }
-  .summary th.arm { font-size: 17px; }
-  .summary td { display: flex; justify-content: space-between; gap: 16px;
-    text-align: right; white-space: normal; padding: 6px 14px; }
-  .summary td::before { content: attr(data-head); color: var(--soft);
-    font-size: 14px; text-align: left; }
-}
-@media print {
-  @page { margin: 14mm 12mm; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { background: none; font-size: 11px; }
-  main { padding: 0; max-width: none; }
-  .summary, .differ, .sections table, figcaption, .legend, caption, aside {
-    font-size: 12px; }
-  thead th, small, code { font-size: 11px; }
-  h2 { break-after: avoid; margin-top: 20px; }
-  figure, aside, tr { break-inside: avoid; }
-  th, td { padding: 5px 8px; }
-  .plot > svg { height: 150px; }
-  .wide .plot > svg { height: 230px; }
-}
-"""
 
 
 def write_report(
@@ -144,20 +58,16 @@ def write_report(
   if baseline not in runs:
     names = ', '.join(map(repr, runs))
     raise UserError(f'baseline {baseline!r} is not among the runs: {names}')
-  logs = [read_run(name, pathlib.Path(place)) for name, place in runs.items()]
+  logs = [read_run(name, place) for name, place in runs.items()]
   base = next(run for run in logs if run.name == baseline)
   # Lone surrogates are legal in JSON's strings and impossible in UTF-8.
-  page = _page(title, logs, base, notes).encode('utf-8', 'replace')
-  path = pathlib.Path(path)
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-  try:
+  page = _page(title, logs, base, notes).encode('utf-8', 'replace').decode()
+  path = epath.Path(path)
+  with storage.one_line_errors(path):  # Not all of an object store's are here.
     try:
-      partial.write_bytes(page)
-      os.replace(partial, path)
-    finally:
-      partial.unlink(missing_ok=True)
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror}') from error
+      storage.write_atomically(path, page)
+    except OSError as error:
+      raise UserError(storage.reason(error, path)) from error
 
 
 def _page(
@@ -176,10 +86,10 @@ def _page(
  content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_CSS}{charts.CSS}</style>
+<style>{report_style.CSS}</style>
 </head>
 <body>
-{charts.DEFS}
+{charts.DEFS}{marks.DEFS}
 <main>
 <h1>{title}</h1>
 {_summary(runs, base)}
@@ -188,6 +98,8 @@ def _page(
 <div class="figures">
 {figures.draw(runs, base)}
 </div>
+{_section('Time and events', figures.over_time(runs), event_table.draw(runs))}
+{_section('Layers', layer_figures.draw(runs))}
 <h2>Configuration</h2>
 {_configuration(runs)}
 </main>
@@ -196,16 +108,32 @@ def _page(
 """
 
 
+def _section(head: str, drawn: str, table: str = '') -> str:
+  if not (drawn or table):
+    return ''
+  return f'<h2>{head}</h2><div class="figures">{drawn}</div>{table}'
+
+
 def _remarks(run: RunLog) -> list[str]:
   """What a reader must know of a run that did not go smoothly."""
   out = []
   if run.end == 'died':
-    out.append(
+    remark = (
       f'{run.name}: no end on record, so it died or is still running; its '
-      f'last line is step {run.last_step:,}.'
+      f'last line is step {run.last_step:,}'
     )
+    if found := lives(run):
+      at, _ = found[-1].last
+      remark += f', its last sign of life at {clock(at)} UTC'
+      remark += f', {duration(alive(run)[1])} after it began'
+    out.append(f'{remark}.')
   for split, lines in ('training', run.train), ('validation', run.validation):
-    bad = [s for s, m in lines.items() if not math.isfinite(m['loss'])]
+    skipped = {e.step for e in run.events if e.kind == 'skipped'}
+    bad = [
+      step
+      for step, m in lines.items()
+      if not math.isfinite(m['loss']) and step not in skipped
+    ]
     if bad:
       out.append(
         f'{run.name}: the {split} loss is not finite from step {bad[0]:,} '
@@ -241,13 +169,33 @@ def _cells(run: RunLog, base: RunLog, x: str, several: bool) -> list[str]:
   speeds = [v for _, v in run.series('tokens_per_second') if math.isfinite(v)]
   cells.append(f'{statistics.median(speeds):,.0f}' if speeds else _DASH)
   status = f'{run.end} at step {run.last_step:,}'
-  if run.resumed:
-    steps = ', '.join(f'{step:,}' for step in run.resumed)
-    status += f' <small>resumed at {steps}</small>'
+  status += ''.join(f' <small>{fact}</small>' for fact in _fate(run))
   digest = html.escape(run.params_digest)
   short = html.escape(run.params_digest.rpartition(':')[2][:10])
   code = f'<code title="{digest}">{short}</code>' if digest else _DASH
   return [*cells, status, code]
+
+
+def _fate(run: RunLog) -> list[str]:
+  """What a reader of the summary must know of how it got there."""
+  out = []
+  if len(run.resumed) > 4:
+    out.append(
+      f'resumed {len(run.resumed):,} times, last at {run.resumed[-1]:,}'
+    )
+  elif run.resumed:
+    steps = ', '.join(f'{step:,}' for step in run.resumed)
+    out.append(f'resumed at {steps}')
+  if skipped := max(
+    (m.get('skipped', 0) for m in run.train.values()), default=0
+  ):
+    out.append(f'{skipped:,.0f} step{"s" * (skipped != 1)} skipped')
+  living, whole = map(duration, alive(run))
+  if whole != duration(0):
+    out.append(
+      f'in {whole}' if living == whole else f'alive {living} of {whole}'
+    )
+  return out
 
 
 def _summary(runs: Sequence[RunLog], base: RunLog) -> str:

@@ -6,6 +6,7 @@ It is the interface between tools; `docs/cli.md` describes its files.
 import json
 import math
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -20,7 +21,8 @@ from train.mirror import Mirror, fetch
 from train.run_facts import check_same, versions
 from train.storage import is_local, one_line_errors, write_atomically
 
-_METRICS, _EVENTS = 'metrics.jsonl', 'events.jsonl'
+_METRICS = 'metrics.jsonl'
+_LINES = _METRICS, 'events.jsonl'
 
 # What a directory holds before it is a run's, if it was cut off at birth.
 _BORN: tuple[set[str], ...] = (
@@ -59,6 +61,12 @@ class RunDir:
     self.moved: dict[str, Any] = {}
     """What has changed of where the run is done since it began: 'devices',
     'mesh', 'accumulate'."""
+    self.local = pathlib.Path(self.path)
+    """Where this process can write as on a local disk.
+
+    The run directory; for one on an object store another, whose files `upload`
+    and `close` bring to the same place there, where it is the one that writes.
+    """
     self._writes = writes
     self._mirror: Mirror | None = None
     wanted = to_dict(config)
@@ -66,13 +74,20 @@ class RunDir:
       if not writes:
         _check_shared(self.path)
         check_same(self.path, wanted, source_hash)
-        self._local = _directory(self.path) or fetch(self.path)
+        if not is_local(self.path):
+          self.local = fetch(self.path)
         return
       _check_not_foreign(self.path)
       self._lock = _lock(self.path)
       try:
         self._open(wanted, source_hash, tokenizer)
-        self._metrics, self._events = self._files()
+        if isinstance(self._lock, Heartbeat):
+          self._mirror = Mirror(self.path, _LINES, self._lock)
+          self.local = self._mirror.local
+          files = self._mirror.files
+        else:
+          files = {name: MetricsFile(self.local / name) for name in _LINES}
+        self._metrics, self._events = files.values()
       except BaseException:
         self._lock.release()
         raise
@@ -81,15 +96,6 @@ class RunDir:
   def checkpoints(self) -> epath.Path:
     """Where Orbax writes."""
     return self.path / 'checkpoints'
-
-  @property
-  def local(self) -> pathlib.Path:
-    """Where the process that writes can write as on a local disk.
-
-    The run directory; for one on an object store another, whose files `upload`
-    and `close` bring to the same place there.
-    """
-    return self._mirror.local if self._mirror else pathlib.Path(self.path)
 
   @property
   def behind(self) -> str:
@@ -119,6 +125,7 @@ class RunDir:
     if self._writes:
       self._lock.check()
       self._events.append(_stamped({'event': kind, 'step': step, **facts}))
+      self.upload()
 
   def sync(self) -> None:
     """Makes all that was added durable: a checkpoint is about to rely on it.
@@ -179,6 +186,8 @@ class RunDir:
         directory.
     """
     if not self._writes:
+      if not is_local(self.path):
+        shutil.rmtree(self.local, ignore_errors=True)
       return
     try:
       if self._mirror:
@@ -208,13 +217,6 @@ class RunDir:
     write_atomically(path / 'run.json', _dumps(facts))
     write_atomically(path / 'tokenizer.json', tokenizer)
     write_atomically(path / 'config.json', _dumps(wanted))
-
-  def _files(self) -> tuple[MetricsFile, MetricsFile]:
-    names = _METRICS, _EVENTS
-    if isinstance(self._lock, Heartbeat):
-      self._mirror = Mirror(self.path, names, self._lock)
-      return self._mirror.files[_METRICS], self._mirror.files[_EVENTS]
-    return MetricsFile(self.local / _METRICS), MetricsFile(self.local / _EVENTS)
 
 
 def _check_shared(path: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run directory says about its run: config.json and metrics.jsonl.
+"""What a run directory says about its run: configuration, metrics, history.
 
 Lenient where a run can die (a cut-off line, no end on record), strict where
 only a wrong path or a damaged disk explains what is found.
@@ -7,13 +7,41 @@ only a wrong path or a damaged disk explains what is found.
 import dataclasses
 import json
 import math
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from etils import epath
+
+from train import storage
 from train.errors import UserError
 
-_NUMBERS = ('tokens', 'learning_rate', 'grad_norm', 'tokens_per_second')
+_NUMBERS = (
+  'tokens', 'learning_rate', 'grad_norm', 'clipped_norm', 'powered_norm',
+  'tokens_per_second', 'data_seconds', 'skipped', 'memory', 'mfu', 'time',
+)  # fmt: skip
+# Lists of a number for each sparse layer, of which that of the one worst off.
+_LISTS = {'expert_load_max': max, 'router_entropy': min}
+_FINITE = ('tokens', 'time')  # What other things are drawn against.
+_STEPS = 10**15  # What would not fit in here is no step ...
+_SECONDS = 253402300799.0  # ... no time (unix seconds) ...
+_HUGE = 1e100  # ... and as good as infinity.
+_NOT_OURS = (
+  ValueError, TypeError, LookupError, AttributeError, OverflowError,
+  RecursionError,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """Something that happened to a run; `RunDir.event` writes them."""
+
+  kind: str
+  """'began', 'resumed', 'saved', 'skipped', 'stopped', 'done' ..."""
+  step: int
+  time: float | None
+  """Unix seconds; None where an older run does not say."""
+  facts: dict[str, Any]
+  """What else it says, as JSON holds it."""
 
 
 @dataclasses.dataclass
@@ -29,18 +57,26 @@ class RunLog:
     default_factory=dict
   )
   """As train, on held-out text; the final loss is the last entry."""
+  layers: dict[int, dict[str, dict[str, float]]] = dataclasses.field(
+    default_factory=dict
+  )
+  """Step to path of a parameter to norms ('grad_norm' ...), by step."""
   end: str = 'died'
   """'done', 'stopped' (asked to, and said so), or 'died' (no end on record)."""
   params_digest: str = ''
   resumed: list[int] = dataclasses.field(default_factory=list)
   """Steps that the run was taken up from."""
+  events: list[Event] = dataclasses.field(default_factory=list)
+  """Its history, in order, over all restarts."""
   unreadable: int = 0
-  """Lines of metrics.jsonl that could not be read."""
+  """Lines of metrics.jsonl and events.jsonl that could not be read."""
 
   @property
   def last_step(self) -> int:
     """The last step with a measurement."""
-    return max([*self.train, *self.validation])
+    measured = [*self.train, *self.validation]
+    # A run may die before it has measured anything.
+    return max(measured or [event.step for event in self.events], default=0)
 
   @property
   def tokens(self) -> float | None:
@@ -56,37 +92,36 @@ class RunLog:
     return [(m[x], m[key]) for m in lines.values() if x in m and key in m]
 
 
-def read_run(name: str, directory: pathlib.Path) -> RunLog:
-  """Reads a run directory.
+def read_run(name: str, directory: epath.PathLike) -> RunLog:
+  """Reads a run directory, on a disk or an object store; changes nothing.
 
   Raises:
     UserError: config.json or metrics.jsonl is missing, empty, or not what it
       should be.
   """
+  directory = epath.Path(directory)
   config = _read_object(directory / 'config.json')
   extra = directory / 'run.json'
-  versions = _read_object(extra).get('versions') if extra.exists() else None
-  if isinstance(versions, dict):
-    config = {**config, 'versions': versions}
+  facts = _read_object(extra) if _exists(extra) else {}
+  if isinstance(facts.get('versions'), dict):
+    config = {**config, 'versions': facts['versions']}
+  if isinstance(facts.get('devices'), str):
+    config = {**config, 'devices': facts['devices']}
   run = RunLog(name, _flatten(config))
-  metrics = directory / 'metrics.jsonl'
-  # Split at '\n' alone: splitlines() would also split at U+2028 in a string.
-  for line in _read(metrics).split('\n'):
-    if line.strip():
-      try:
-        _add(run, json.loads(line))
-      except (
-        ValueError,
-        TypeError,
-        LookupError,
-        OverflowError,
-        RecursionError,
-      ):
-        run.unreadable += 1
-  if not run.train and not run.validation:
+  metrics, history = directory / 'metrics.jsonl', directory / 'events.jsonl'
+  # A run may die before it has measured anything; then its history is all.
+  unmeasured = _exists(history) and not _exists(metrics)
+  for line in _lines('' if unmeasured else _read(metrics)):
+    try:
+      _add(run, json.loads(line))
+    except _NOT_OURS:
+      run.unreadable += 1
+  _add_history(run, history)
+  if not (run.train or run.validation or run.events):
     raise UserError(f'{metrics} holds no measurement')
   run.train = dict(sorted(run.train.items()))
   run.validation = dict(sorted(run.validation.items()))
+  run.layers = dict(sorted(run.layers.items()))
   return run
 
 
@@ -110,18 +145,30 @@ def paired_difference(
   return [(at, loss - theirs[at]) for at, loss in ours if at in theirs]
 
 
-def _read(path: pathlib.Path) -> str:
-  try:
+def _exists(path: epath.Path) -> bool:
+  with storage.one_line_errors(path, 'read'):
+    return path.exists()
+
+
+def _text(path: epath.Path) -> str:
+  with storage.one_line_errors(path, 'read'):
     # A line can be cut off inside a character.
-    text = path.read_bytes().decode('utf-8', 'replace')
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {error.strerror}') from error
+    return path.read_bytes().decode('utf-8', 'replace')
+
+
+def _read(path: epath.Path) -> str:
+  text = _text(path)
   if not text.strip():
     raise UserError(f'{path} is empty')
   return text
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def _lines(text: str) -> Iterator[str]:
+  """Those that hold something; splitlines() would cut a string at U+2028."""
+  return (line for line in text.split('\n') if line.strip())
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
   try:
     value = json.loads(_read(path))
   except (ValueError, RecursionError) as error:
@@ -131,15 +178,54 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
+def _add_history(run: RunLog, path: epath.Path) -> None:
+  """Prefers events.jsonl, which nothing rewinds, to what metrics.jsonl says."""
+  if not _exists(path):
+    return
+  events = []
+  for line in _lines(_text(path)):
+    try:
+      events.append(_event(json.loads(line)))
+    except _NOT_OURS:
+      run.unreadable += 1
+  if events:
+    run.events = events
+    run.resumed = [event.step for event in events if event.kind == 'resumed']
+
+
+def _event(line: dict[str, Any]) -> Event:
+  facts = dict(line)
+  kind, step = str(facts.pop('event')), _step(facts.pop('step'))
+  time = float(facts.pop('time')) if 'time' in facts else None
+  if not 0 <= (time or 0.0) <= _SECONDS:
+    raise ValueError(line)
+  return Event(kind, step, time, facts)
+
+
+def _step(value: Any) -> int:
+  if not 0 <= (step := int(value)) < _STEPS:
+    raise ValueError(value)
+  return step
+
+
+def _number(value: Any) -> float:
+  """Of what JSON holds; the strings 'nan', 'inf' and '-inf' too."""
+  number = float(value)
+  return math.copysign(math.inf, number) if abs(number) > _HUGE else number
+
+
 def _add(run: RunLog, line: Any) -> None:
   """Adds one line to run; an exception says that it is not one of ours."""
   if not isinstance(line, dict):
     raise TypeError(line)
   event = line.get('event')
+  if event is not None:
+    run.events.append(_event(line))
   if event == 'resumed':
-    step = int(line['step'])
+    step = _step(line['step'])
     # What came after the save that the run went on from was done again.
-    for lines in (run.train, run.validation):
+    dicts: list[dict[int, Any]] = [run.train, run.validation, run.layers]
+    for lines in dicts:
       for later in [s for s in lines if s > step]:
         del lines[later]
     run.resumed.append(step)
@@ -147,22 +233,31 @@ def _add(run: RunLog, line: Any) -> None:
   elif event == 'stopped':
     run.end = 'stopped'
   elif event == 'done':
-    step = int(line['step'])
+    step = _step(line['step'])
     if 'validation_loss' in line:
-      last = {'step': step, 'loss': float(line['validation_loss'])}
+      last = {'step': step, 'loss': _number(line['validation_loss'])}
       trained = run.train.get(step, {})
       kept = {'tokens': trained['tokens']} if 'tokens' in trained else {}
       run.validation[step] = kept | run.validation.get(step, {}) | last
     run.params_digest = str(line.get('params_digest') or '')
     run.end = 'done'
+  elif event is None and line['split'] == 'layers':
+    run.layers[_step(line['step'])] = {
+      path: {name: _number(norm) for name, norm in norms.items()}
+      for path, norms in line['layers'].items()
+    }
   elif event is None:
-    step = int(line['step'])
-    # float() also reads the strings 'nan', 'inf' and '-inf'.
-    point = {key: float(line[key]) for key in _NUMBERS if key in line}
-    if not math.isfinite(point.get('tokens', 0)):
+    step = _step(line['step'])
+    point = {key: _number(line[key]) for key in _NUMBERS if key in line}
+    for key, worst in _LISTS.items():
+      if values := [_number(value) for value in line.get(key, ())]:
+        point[key] = worst(values)
+    if not all(math.isfinite(point.get(key, 0)) for key in _FINITE):
+      raise ValueError(line)
+    if not 0 <= point.get('time', 0) <= _SECONDS:
       raise ValueError(line)
     lines = {'train': run.train, 'validation': run.validation}[line['split']]
-    lines[step] = {'step': step, 'loss': float(line['loss']), **point}
+    lines[step] = {'step': step, 'loss': _number(line['loss']), **point}
 
 
 def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:

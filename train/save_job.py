@@ -19,7 +19,7 @@ class Outcome:
   step: int
   """How many were taken."""
   seconds: float
-  """From its begin to its end, in process 0."""
+  """From its beginning; where it failed, each process has measured its own."""
   bytes: int
   """Of all its files; 0 where it failed."""
   error: str = ''

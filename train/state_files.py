@@ -35,9 +35,11 @@ class Writer:
     # With processes named, Orbax waits in the coordination service, which has
     # time limits (5 minutes), and not in collectives.
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.StandardCheckpointHandler(),
+      _handler(),
       async_options=ocp.options.AsyncOptions(
         timeout_secs=_SECONDS,
+        # In a thread it may come after the removal of a save that failed.
+        create_directories_asynchronously=False,
         barrier_sync_fn=lambda key, timeout_ms: _meet(talk, key),
       ),
       multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -50,7 +52,7 @@ class Writer:
     """Returns when the arrays are copied and may be donated; never raises."""
     try:
       self._orbax.save(
-        directory, args=ocp.args.StandardSave(_without_empty(state))
+        directory, args=ocp.args.PyTreeSave(_without_empty(state))
       )
     except Exception as error:
       self._failure = error
@@ -80,10 +82,8 @@ def read(directory: epath.Path, abstract_state: Any) -> Any:
     Exception: one of `MISFITS`.
   """
   quiet()
-  stored = ocp.StandardCheckpointHandler().restore(
-    directory, args=ocp.args.StandardRestore(_without_empty(abstract_state))
-  )
-  return _with_empty(stored, abstract_state)
+  wanted = _without_empty(abstract_state)
+  return _with_empty(_restore(directory, wanted, partial=False), abstract_state)
 
 
 def read_params(directory: epath.Path, abstract_params: Any) -> Any:
@@ -94,19 +94,34 @@ def read_params(directory: epath.Path, abstract_params: Any) -> Any:
   """
   quiet()
   wanted = {'params': _without_empty(abstract_params)}
-  stored = ocp.PyTreeCheckpointHandler().restore(
-    directory,
-    args=ocp.args.PyTreeRestore(
-      item=wanted,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-      partial_restore=True,
-    ),
-  )
+  stored = _restore(directory, wanted, partial=True)
   params = _with_empty(stored['params'], abstract_params)
   # What is not in the checkpoint comes back as it was asked for.
   if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
     raise ValueError('it lacks parameters')
   return params
+
+
+def _restore(directory: epath.Path, wanted: Any, *, partial: bool) -> Any:
+  how = ocp.checkpoint_utils.construct_restore_args(wanted)
+  return _handler().restore(
+    directory,
+    args=ocp.args.PyTreeRestore(
+      item=wanted, restore_args=how, partial_restore=partial
+    ),
+  )
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+  """Without Orbax's metadata of arrays, of typed random keys for instance.
+
+  Where process 0 fails, the others would wait for its folder for 10 minutes.
+  """
+  types = ocp.type_handlers
+  registry = types.create_type_handler_registry(
+    (int, types.ScalarHandler()), (jax.Array, types.ArrayHandler())
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _meet(talk: Agreement, key: str) -> None:

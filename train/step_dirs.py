@@ -32,7 +32,7 @@ def present(directory: epath.Path) -> list[tuple[int, bool]]:
 
 
 def prepare(directory: epath.Path, step: int) -> None:
-  """Makes room for a step, and finds out at once whether there is any.
+  """Makes room for a step, and finds out at once whether a disk has any.
 
   Raises:
     OSError: there is none.
@@ -44,11 +44,16 @@ def prepare(directory: epath.Path, step: int) -> None:
 
 
 def clear(directory: epath.Path) -> None:
-  """Makes it, or removes what Orbax has not committed there.
+  """Makes it on a disk, or removes what Orbax has not committed there.
+
+  On an object store there is nothing to make; Orbax writes to a step's
+  directory from the start, which stays incomplete until a save replaces it.
 
   Raises:
     OSError: it cannot be written.
   """
+  if not storage.is_local(directory):
+    return
   directory.mkdir(parents=True, exist_ok=True)
   for path in directory.iterdir():
     if path.name.endswith(TEMPORARY):

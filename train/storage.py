@@ -38,7 +38,8 @@ def directory(text: str) -> epath.Path:
     raise UserError(
       f'{text}: a run directory is on a local disk, or gs://BUCKET/PATH'
     )
-  if not rest.strip('/').partition('/')[2]:
+  bucket, _, path = rest.partition('/')
+  if not (bucket and path.strip('/')):
     raise UserError(f'{text} names no directory in a bucket: gs://BUCKET/PATH')
   _prepare(text)
   return epath.Path(text)
@@ -72,14 +73,15 @@ def write_atomically(path: Any, text: str) -> None:
 
 
 class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
-  """Turns failures to write a run directory into a `UserError`.
+  """Turns failures to write (or read) a path into a `UserError`.
 
   On a disk those of the system; of an object store's client, which has its own
   kinds of exceptions, all.
   """
 
-  def __init__(self, path: epath.PathLike):
+  def __init__(self, path: epath.PathLike, verb: str = 'write'):
     self._path = path
+    self._verb = verb
 
   def __enter__(self):
     return self
@@ -88,7 +90,7 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
     if not isinstance(error, Exception) or isinstance(error, _NOT_OURS):
       return
     if isinstance(error, OSError) or not is_local(self._path):
-      message = reason(error, self._path)
+      message = reason(error, self._path, self._verb)
       if getattr(error, 'errno', None) in FULL:
         message += (
           ': free some and give the same command again; it continues from the '
@@ -104,8 +106,9 @@ def reason(error: Exception, path: epath.PathLike, verb: str = 'write') -> str:
     return f'no space left to {verb} {path}'
   if number is not None:
     return f'cannot {verb} {path}: {os.strerror(number)}'
-  if isinstance(error, FileNotFoundError) and verb == 'write':
-    return f'cannot write {path}: there is no such bucket'
+  if isinstance(error, FileNotFoundError):
+    thing = 'bucket' if verb == 'write' else 'file'
+    return f'cannot {verb} {path}: there is no such {thing}'
   text = ' '.join(str(error).split()) or type(error).__name__
   if getattr(error, 'code', None) in (401, '401'):
     text += ' (log in with: gcloud auth application-default login)'
@@ -126,7 +129,8 @@ def _prepare(text: str) -> None:
   import aiohttp
   import fsspec.config
 
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It is raised too.
+  for name in ('gcsfs', 'google.auth'):  # What fails is raised too.
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   for name in ('gcs', 'gs'):
     fsspec.config.conf.setdefault(name, {}).update(
       # Others write there too: TensorStore, and other processes.

@@ -1,7 +1,8 @@
 import pytest
 
-from benchmarks import peaks, shapes
+from benchmarks import shapes
 from models import accounting
+from train import hardware
 
 
 def test_the_default_is_the_peers_shape():
@@ -20,7 +21,7 @@ def test_the_default_is_the_peers_shape():
   ('cpu', 'cpu', 'bfloat16', None, 'a CPU'),
 ])  # fmt: skip
 def test_the_peak_of_a_device(platform, device, dtype, peak, reason):
-  found, missing = peaks.peak(platform, device, dtype)
+  found, missing = hardware.peak(platform, device, dtype)
   assert found == peak
   assert reason in missing
   assert bool(missing) == (peak is None)

@@ -37,11 +37,11 @@ TABLE = [
    'cannot write OTHER/stray/below: Not a directory'),
   ('run demo --run-dir /proc/run TINY',
    'cannot write /proc/run: No such file or directory'),
-  ('run demo --run-dir s3://bucket/run', 'argument --run-dir: '
-   "'s3://bucket/run' is neither a path nor a gs://BUCKET/... address (see "
-   'python -m train run --help)'),
-  ('run demo --run-dir gs://', "argument --run-dir: 'gs://' is neither a path "
-   'nor a gs://BUCKET/... address (see python -m train run --help)'),
+  ('run demo --run-dir s3://bucket/run', 'argument --run-dir: s3://bucket/run: '
+   'a run directory is on a local disk, or gs://BUCKET/PATH (see python -m train '
+   'run --help)'),
+  ('run demo --run-dir gs://bucket', 'argument --run-dir: gs://bucket names no '
+   'directory in a bucket: gs://BUCKET/PATH (see python -m train run --help)'),
   ('run demo --run-dir RUN TINY --steps 8', 'RUN holds a run of another '
    f'configuration (--steps is 4 there, 8 here): {ANOTHER}'),
   ('run demo --run-dir RUN TINY --guard.spike 5', 'RUN holds a run of another '

@@ -137,32 +137,33 @@ def test_an_interrupted_demo_goes_on(
   assert [path.name for path in run_dir.iterdir()] == ['adamw']
 
   # In the last moments of the first arm: it ends, the second does not start.
-  class LastMoment(loop.Display):
-    def validation(self, loss):
-      super().validation(loss)
+  class LastMoment(loop.Monitor):
+    def validation(self, line):
+      super().validation(line)
       os.kill(os.getpid(), signal.SIGINT)
 
   other = tmp_path / 'other'
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'Display', LastMoment)
+    patch.setattr(loop, 'Monitor', LastMoment)
     patch.setattr(loop._Run, '_train', lambda self: 'done')
     assert main('demo', '--run-dir', other, *tiny) == 130
   assert [path.name for path in other.iterdir()] == ['adamw']
-  assert 'interrupted, saved in' in capsys.readouterr().err
+  assert 'interrupted (SIGINT), saved in' in capsys.readouterr().err
 
-  class Display(loop.Display):
-    def train(self, step, loss, tokens_per_second):
-      super().train(step, loss, tokens_per_second)
-      if step == 11:
+  class Monitor(loop.Monitor):
+    def train(self, line):
+      super().train(line)
+      if line['step'] == 11:
         os.kill(os.getpid(), signal.SIGINT)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'Display', Display)
+    patch.setattr(loop, 'Monitor', Monitor)
     assert main(*argv) == 130
   captured = capsys.readouterr()
   assert captured.out == ''
   assert captured.err.endswith(
-    f'interrupted, saved in {run_dir}; the same command goes on from there\n'
+    f'interrupted (SIGINT), saved in {run_dir}; the same command goes on from '
+    'there\n'
   )
   assert {path.name for path in run_dir.iterdir()} == set(demo.ARMS)
 

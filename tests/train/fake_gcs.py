@@ -42,8 +42,7 @@ class FakeGcs:
     self.generations = itertools.count(1)
     self.uploads: dict[str, tuple[str, str, bytes]] = {}
     handler = type('Handler', (_Handler,), {'store': self})
-    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    self._server.daemon_threads = True
+    self._server = _Server(('127.0.0.1', 0), handler)
     self.url = f'http://127.0.0.1:{self._server.server_port}'
 
   @property
@@ -82,6 +81,14 @@ class FakeGcs:
       generation = next(self.generations)
       self.objects[bucket][name] = content, generation
       return generation
+
+
+class _Server(http.server.ThreadingHTTPServer):
+  daemon_threads = True
+  request_queue_size = 128
+
+  def handle_error(self, request, client_address):
+    """A client that is killed hangs up: that is what is tested."""
 
 
 class _Error(Exception):

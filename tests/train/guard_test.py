@@ -101,8 +101,8 @@ def test_a_lasting_change_of_level_is_accepted():
 
 
 def test_keep_takes_one_tree_whole():
-  new, old = {'a': jnp.ones(3), 'b': jnp.int32(2)}, {'a': jnp.zeros(3),
-                                                     'b': jnp.int32(1)}  # fmt: skip
+  new = {'a': jnp.ones(3), 'b': jnp.int32(2)}
+  old = {'a': jnp.zeros(3), 'b': jnp.int32(1)}
   for take, wanted in ((True, new), (False, old)):
     kept = guard.keep(jnp.bool(take), new, old)
     jax.tree.map(np.testing.assert_array_equal, kept, wanted)

@@ -164,7 +164,8 @@ def test_processes_train_as_one(
   assert lines[-1]['params_digest'] == digest_of(run_dir)
   names = {path.name for path in run_dir.iterdir()}
   assert names == {
-    'config.json', 'run.json', 'tokenizer.json', 'metrics.jsonl', 'checkpoints',
+    'config.json', 'run.json', 'tokenizer.json', 'lock', 'metrics.jsonl',
+    'events.jsonl', 'checkpoints',
   }  # fmt: skip
 
 
@@ -193,18 +194,22 @@ def test_a_signal_to_any_process_stops_all_at_one_step(
     'Feed.__call__ = lambda self, x: time.sleep(0.1) or put(self, x)\n'
   )
   reached = 0
-  for process, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
+  for process, number, wanted in (
+    (1, signal.SIGTERM, 75),
+    (1, signal.SIGINT, 130),
+    (0, signal.SIGINT, 130),
+  ):
     processes = launch(2, *argv, prelude=lambda i: slow)
     wait_for_lines(processes, run_dir, reached + 4)
     processes[process].send_signal(number)
     statuses, outs, errs = finish_all(processes)
-    assert statuses == [130, 130], errs
+    assert statuses == [wanted, wanted], errs
     assert outs == ['', '']
     last = read_metrics(run_dir)[-1]
     assert last['event'] == 'stopped'
     assert reached + 4 <= last['step'] < 60
     assert (run_dir / 'checkpoints' / str(last['step'])).is_dir()
-    assert f'interrupted, saved in {run_dir};' in errs[0]
+    assert f'interrupted ({number.name}), saved in {run_dir};' in errs[0]
     assert 'interrupted' not in errs[1]
     assert not any('Traceback' in err for err in errs)
     reached = last['step']
@@ -216,6 +221,43 @@ def test_a_signal_to_any_process_stops_all_at_one_step(
   statuses, _, errs = finish_all(launch(2, *command(tiny, whole, *LONG)))
   assert statuses == [0, 0], errs
   assert numbers(run_dir) == numbers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_all_at_once(
+  launch, finish_all, tiny, tmp_path, number
+):
+  endless = (
+    'import time\n'
+    'from train import distributed\n'
+    'told = distributed.announced\n'
+    'def announced(fact):\n'
+    '  told(fact)\n'
+    f'  open({str(tmp_path / "agreed")!r}, "w").close()\n'
+    '  return True\n'
+    'distributed.announced = announced\n'
+    'from train import loop\n'
+    'loop.gc.unfreeze = lambda: time.sleep(600)\n'  # Before it saves.
+  )
+  run_dir = tmp_path / 'run'
+  processes = launch(
+    2, *command(tiny, run_dir, '--steps=100000', '--eval_every=100000'),
+    prelude=lambda i: endless,
+  )  # fmt: skip
+  wait_for_lines(processes, run_dir, 4)
+  processes[1].send_signal(number)
+  while not (tmp_path / 'agreed').exists():
+    assert all(process.poll() is None for process in processes)
+    time.sleep(0.01)
+  time.sleep(1)
+  sent = time.monotonic()
+  processes[1].send_signal(number)
+  statuses, _, errs = finish_all(processes)
+  assert time.monotonic() - sent < 20
+  assert statuses == [130, 130], errs
+  assert errs[0].endswith('error: process 1: interrupted\n')
+  assert errs[1].endswith('\npython -m train: interrupted\n')
 
 
 def test_an_error_of_one_process_is_every_ones(
@@ -270,6 +312,30 @@ def test_a_process_that_fails_later_ends_the_others(
     assert errs[0].endswith(told)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_run_whose_process_is_killed_goes_on(
+  launch, finish_all, tiny, tmp_path, numbers, killed
+):
+  whole, run_dir = tmp_path / 'whole', tmp_path / 'run'
+  statuses, _, errs = finish_all(launch(2, *command(tiny, whole, *LONG)))
+  assert statuses == [0, 0], errs
+  processes = launch(2, *command(tiny, run_dir, *LONG))
+  wait_for_lines(processes, run_dir, 20)
+  processes[killed].kill()
+  since = time.monotonic()
+  statuses, _, errs = finish_all(processes)
+  assert time.monotonic() - since < 60
+  assert statuses[killed] == -signal.SIGKILL
+  assert statuses[1 - killed] == 1, errs
+  last = errs[1 - killed].splitlines()[-1]
+  assert f'error: process {killed} on {socket.gethostname()} is gone' in last
+  assert 'Traceback' not in errs[1 - killed]
+  statuses, _, errs = finish_all(launch(2, *command(tiny, run_dir, *LONG)))
+  assert statuses == [0, 0], errs
+  assert numbers(run_dir) == numbers(whole)
+
+
 def test_a_directory_that_is_not_shared_is_refused(
   launch, finish_all, tiny, tmp_path
 ):
@@ -289,116 +355,6 @@ def test_a_directory_that_is_not_shared_is_refused(
   assert statuses == [2, 2], errs
   assert errs[0].endswith('must be on a disk that all processes share\n')
   assert 'process 1 does not see ' in errs[0]
-
-
-@pytest.mark.parametrize('process', [0, 1])
-def test_processes_that_do_not_meet(
-  start, finish, tiny, tmp_path, one_error, process
-):
-  address = f'127.0.0.1:{free_port()}'
-  process = start(
-    *command(tiny, tmp_path / 'run'), '--coordinator', address,
-    '--processes', 2, '--process', process,
-    prelude='from train import distributed\ndistributed._MEET = 1',
-  )  # fmt: skip
-  status, out, err = finish(process)
-  assert (status, out) == (2, '')
-  message = one_error(err)
-  assert f'the 2 processes did not all meet at {address} within 1 s' in message
-  assert not (tmp_path / 'run').exists()
-
-
-def test_a_port_that_is_taken(start, finish, tiny, tmp_path, one_error):
-  with socket.create_server(('', 0)) as server:
-    port = server.getsockname()[1]
-    status, _, err = finish(start(
-      *command(tiny, tmp_path / 'run'), '--coordinator', f'127.0.0.1:{port}',
-      '--processes', 2, '--process', 0,
-    ))  # fmt: skip
-  assert status == 2
-  message = one_error(err)
-  assert message.startswith(f'--coordinator: cannot listen on port {port} (')
-
-
-def slurm(process, count, port=61440):
-  """What srun sets; the job's number decides the port, in JAX's way."""
-  return {
-    'SLURM_JOB_ID': str(port - 61440),
-    'SLURM_STEP_NODELIST': 'localhost',
-    'SLURM_STEP_NUM_NODES': '1',
-    'SLURM_NTASKS': str(count),
-    'SLURM_PROCID': str(process),
-    'SLURM_LOCALID': str(process),
-  }
-
-
-def open_mpi(process, count, port=61440):
-  """What mpirun of version 4 sets, likewise."""
-  return {
-    'OMPI_MCA_orte_hnp_uri': f'{(port - 61440) * 4096}.0;tcp://127.0.0.1:9',
-    'OMPI_COMM_WORLD_SIZE': str(count),
-    'OMPI_COMM_WORLD_RANK': str(process),
-    'OMPI_COMM_WORLD_LOCAL_RANK': str(process),
-  }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('launcher', [slurm, open_mpi])
-def test_a_launcher_is_found(start, finish_all, tiny, tmp_path, launcher):
-  for port in range(61500, 65000):
-    with socket.socket() as probe:
-      if probe.connect_ex(('127.0.0.1', port)):
-        break
-  argv = command(tiny, tmp_path / 'run', *GENTLE, '--stop-at', 2)
-  statuses, outs, errs = finish_all(
-    [start(*argv, flags=FLAGS, **launcher(i, 2, port)) for i in range(2)]
-  )
-  assert statuses == [0, 0], errs
-  assert outs[0].startswith('stopped: 2 of 20 steps')
-  assert outs[1] == ''
-  facts = json.loads((tmp_path / 'run' / 'run.json').read_text())
-  assert facts['devices'] == '2 cpu'
-
-
-KNOWN = ('SLURM_', 'OMPI_', 'KUBERNETES_', 'JOB_COMPLETION_INDEX', 'TPU_')
-
-
-@pytest.mark.parametrize(
-  ('variables', 'count'),
-  [
-    ({}, 1),
-    (slurm(0, 1), 1),
-    (slurm(1, 16), 16),
-    ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8'}, 1),  # A shell of salloc.
-    (open_mpi(1, 4), 4),
-    ({'OMPI_COMM_WORLD_SIZE': '1'}, 1),
-    ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, 1),  # A notebook in a pod.
-    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 1),  # No TPU here.
-  ],
-)
-def test_a_launcher_is_recognised(monkeypatch, variables, count):
-  with monkeypatch.context() as patch:
-    for name in list(distributed.os.environ):
-      if name.startswith(KNOWN):
-        patch.delenv(name)
-    for name, value in variables.items():
-      patch.setenv(name, value)
-    assert distributed._detect() == count
-
-
-def test_an_open_mpi_that_says_too_little_is_refused(monkeypatch):
-  for name, value in open_mpi(1, 4).items():
-    if name != 'OMPI_MCA_orte_hnp_uri':  # As version 5.
-      monkeypatch.setenv(name, value)
-  with pytest.raises(UserError, match=r'give --coordinator.*docs/launch\.md'):
-    distributed._detect()
-
-
-@pytest.mark.parametrize('size', ['x', '', '-1', '1.5'])
-def test_an_open_mpi_size_that_is_no_number_is_refused(monkeypatch, size):
-  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', size)
-  with pytest.raises(UserError, match='OMPI_COMM_WORLD_SIZE must be a number'):
-    distributed._detect()
 
 
 def test_one_process_needs_nothing():

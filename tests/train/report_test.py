@@ -208,6 +208,12 @@ def test_line_cut_inside_a_character(tmp_path, adamw):
     '{"step": null, "split": "train", "loss": 1}',
     '{"step": 70, "split": "train", "loss": "low"}',
     '{"step": 70, "split": "train", "loss": 1, "tokens": "nan"}',
+    '{"step": 70, "split": "train", "loss": 1, "time": 1e300}',
+    '{"step": -1, "split": "train", "loss": 1}',
+    '{"step": 1e300, "split": "train", "loss": 1}',
+    '{"step": 70, "split": "layers", "layers": {"head": 3}}',
+    '{"step": 70, "split": "layers", "layers": {"head": {"grad_norm": []}}}',
+    '{"event": "saved", "step": 70, "time": -1}',
     '[' * 100000,
   ],
 )
@@ -333,7 +339,7 @@ def test_write_is_atomic(tmp_path, adamw, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'replace', failing)
-  with pytest.raises(UserError, match='No space left'):
+  with pytest.raises(UserError, match=r'^no space left to write .*html$'):
     write_report(path, {'adamw': adamw}, title='t')
   assert seen == [(tmp_path, True)]
   assert path.read_text() == 'old'
@@ -372,71 +378,211 @@ def test_bad_arguments(tmp_path, adamw):
     write_report(tmp_path / 'no' / 'x.html', {'adamw': adamw}, title='t')
 
 
-finite = st.floats(-1e12, 1e12)
-
-
-@given(low=finite, span=st.floats(1e-9, 1e12), log=st.booleans())
-def test_ticks_are_few_and_inside(low, span, log):
-  low = abs(low) + 1e-6 if log else low
-  high = low + max(span, abs(low) * 1e-6)
-  axis = charts.Axis('', low, high, log=log)
-  ticks = axis.ticks()
-  assert 1 <= len(ticks) <= 8
-  places = [axis.place(value) for value, _ in ticks]
-  assert places == sorted(places)
-  assert all(-1e-6 <= place <= 1 + 1e-6 for place in places)
-
-
-def test_tick_labels():
-  label = lambda *args, **kw: [
-    text for _, text in charts.Axis(*args, **kw).ticks()
-  ]
-  assert label('', 0, 500) == ['0', '100', '200', '300', '400', '500']
-  assert label('', 0, 30000)[-1] == '30k'
-  assert label('', 0, 6.2e9) == ['0', '2B', '4B', '6B']
-  assert label('', 0, 2.4e6)[:3] == ['0', '0.5M', '1.0M']
-  assert label('', 3.95, 5.8) == ['4.0', '4.5', '5.0', '5.5']
-  assert label('', -0.02, 0.02, plus=True)[0] == '\N{MINUS SIGN}0.02'
-  assert label('', -0.02, 0.02, plus=True)[-1] == '+0.02'
-  assert label('', 0.3, 4, log=True) == ['0.5', '1', '2']
-
-
-@given(st.lists(finite, min_size=1, max_size=300))
-def test_smooth_stays_within_its_neighbours_and_keeps_a_line(values):
-  points = list(enumerate(values))
-  out = charts.smooth(points)
-  assert [x for x, _ in out] == [x for x, _ in points]
-  assert min(values) - 1e-3 <= min(y for _, y in out)
-  assert max(y for _, y in out) <= max(values) + 1e-3
-  line = charts.smooth([(x, 2.0 * x) for x, _ in points])
-  half = max(1, len(points) // 50)
-  assert all(math.isclose(y, 2.0 * x, abs_tol=1e-9) for x, y in line[:-half])
-
-
-def test_smooth_recovers_from_a_huge_value_and_keeps_gaps():
-  values = [1.0] * 1000
-  values[100], values[500] = 1e30, math.nan
-  out = charts.smooth(list(enumerate(values)))
-  assert math.isnan(out[500][1])
-  assert {y for _, y in [*out[:70], *out[130:500], *out[501:]]} == {1.0}
-
-
-def test_thin_keeps_extremes_gaps_and_ends():
-  values = [math.sin(i) for i in range(30000)]
-  values[12345], values[20000], values[25000] = 50.0, -50.0, math.nan
-  out = charts.thin(list(enumerate(values)), 100)
-  assert len(out) <= 302
-  kept = dict(out)
-  assert (
-    kept[12345] == 50.0 and kept[20000] == -50.0 and math.isnan(kept[25000])
-  )
-  assert out[0][0] == 0 and out[-1][0] == 29999
-  assert [x for x, _ in out] == sorted(kept)
-
-
 def test_median_throughput_ignores_the_compilation(tmp_path):
   lines = [
     train_line(s, tokens_per_second=1000 if s > 1 else 3) for s in (1, 2, 3)
   ]
   page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
   assert '6,144 1,000 died' in page.text
+
+
+NORMS = ('param_norm', 'grad_norm', 'powered_norm', 'update_norm')
+
+
+def full_line(step, **values):
+  extra = {
+    'clipped_norm': 0.5, 'powered_norm': 0.2, 'memory': 3 * 2**30,
+    'mfu': 0.42, 'data_seconds': 0.002, 'skipped': 0, 'time': 1e9 + step,
+  }  # fmt: skip
+  return train_line(step, **{**extra, **values})
+
+
+def heads(page_text):
+  return re.findall(r'<h3>([^<]*)</h3>', page_text)
+
+
+def test_every_measure_has_its_figure(tmp_path):
+  lines = [
+    full_line(s, expert_load_max=[1.5, 2.5], router_entropy=[2.0, 1.0])
+    for s in range(1, 9)
+  ]
+  run = make_run(tmp_path / 'a', lines)
+  assert heads(render(tmp_path, {'a': run})) == [
+    'Loss', 'Learning rate', 'Gradient norms', 'Throughput',
+    'Model FLOPs utilisation', 'Waiting for data', 'Memory',
+    'Load of the busiest expert', 'Entropy of routing', 'Time',
+  ]  # fmt: skip
+  found = read_run('a', run)
+  assert found.train[3]['expert_load_max'] == 2.5
+  assert found.train[3]['router_entropy'] == 1.0
+  several = heads(render(tmp_path, {'a': run, 'b': run}))
+  names = ('before clipping', 'after clipping', 'after the power')
+  assert {f'Gradient norm {name}' for name in names} <= set(several)
+
+
+def test_the_three_norms_are_told_apart(tmp_path):
+  lines = [full_line(s, grad_norm=2.0) for s in range(1, 9)]
+  text = render(tmp_path, {'a': make_run(tmp_path / 'a', lines)})
+  figure = text[text.index('<h3>Gradient norms') :]
+  figure = figure[: figure.index('</figure>')]
+  assert 'before clipping, after clipping, after the power' in figure
+  means = re.findall(r'<path class="(?:line|dashed) (c\d)".*?d="M\S+ (\S+)h0',
+                     figure)  # fmt: skip
+  assert [colour for colour, _ in means] == ['c0', 'c1', 'c2']
+  heights = [float(height) for _, height in means]
+  assert heights == sorted(heights) and len(set(heights)) == 3
+
+
+def layers_line(step, grad_norm=0.5):
+  paths = 'embedding', 'head', 'layers.0.mlp.up', 'layers.10.a', 'layers.2.a'
+  norms = dict.fromkeys(NORMS, 2.0) | {'grad_norm': grad_norm}
+  layers = dict.fromkeys(paths, norms)
+  return {'step': step, 'split': 'layers', 'layers': layers}
+
+
+def test_shares_are_in_percent_and_waiting_in_milliseconds(tmp_path):
+  lines = [full_line(s, mfu=0.42, data_seconds=0.08) for s in range(1, 9)]
+  text = render(tmp_path, {'a': make_run(tmp_path / 'a', lines)})
+  for head, last in ('Model FLOPs', '40'), ('Waiting', '80'), ('Memory', '3'):
+    figure = text[text.index(f'<h3>{head}') :]
+    ticks = re.findall(
+      r'<text class="y"[^>]*>([^<]*)<', figure.split('<h3>')[1]
+    )
+    assert ticks[-1] == last, head
+
+
+def history(run, *events):
+  text = ''.join(json.dumps(event) + '\n' for event in events)
+  (run / 'events.jsonl').write_text(text)
+
+
+def test_the_summary_tells_how_it_got_there(tmp_path):
+  lines = [full_line(s, skipped=int(s > 3)) for s in range(1, 9)]
+  run = make_run(tmp_path / 'a', lines)
+  began = {'event': 'began', 'step': 0, 'time': 1e9 - 120}
+  resumed = [
+    {'event': 'resumed', 'step': s, 'time': 1e9 + s + 0.5} for s in range(1, 7)
+  ]
+  history(run, began)
+  text = Page(render(tmp_path, {'a': run})).text
+  assert 'died at step 8 1 step skipped in 2 min 8 s' in text
+  assert (
+    'its last line is step 8, its last sign of life at 2001-09-09 01:46:48 '
+    'UTC, 2 min 8 s after it began' in text
+  )
+  history(run, began, *resumed[:2])
+  text = Page(render(tmp_path, {'a': run})).text
+  assert 'resumed at 1, 2 1 step skipped alive 2 min 7 s of 2 min 8 s' in text
+  history(run, began, *resumed)
+  text = Page(render(tmp_path, {'a': run})).text
+  assert 'resumed 6 times, last at 6 ' in text
+
+
+def test_a_run_that_died_before_it_measured_anything(tmp_path, adamw):
+  run = make_run(tmp_path / 'a', [])
+  (run / 'metrics.jsonl').unlink()
+  history(run, {'event': 'began', 'step': 0, 'time': 1e9})
+  for runs in (
+    {'a': run},
+    {'a': run, 'adamw': adamw},
+    {'adamw': adamw, 'a': run},
+  ):
+    text = Page(render(tmp_path, runs)).text
+    assert 'died at step 0' in text
+    assert 'its last sign of life at 2001-09-09 01:46:40 UTC' in text
+
+
+def test_layers_are_drawn_in_the_order_of_the_model(tmp_path):
+  lines = [*healthy(), *(layers_line(s, s / 10) for s in (20, 40, 60))]
+  run = make_run(tmp_path / 'a', lines)
+  assert read_run('a', run).unreadable == 0
+  page = Page(text := render(tmp_path, {'a': run}))
+  assert 'embedding layer 0 layer 2 layer 10 head' in page.text
+  assert len(page.all('div', **{'class': 'heat'})) == 4
+  assert 'Gradient, before clipping, from 2 to 6' in text
+  assert '<code>layers.2.a</code></th><td>2</td><td>6</td>' in text
+  assert 'layers.0.mlp.up 2 6 2 2' in page.text
+  assert 'From step 20 at the left to step 60' in page.text
+
+
+def test_layers_done_again_are_dropped(tmp_path):
+  lines = [train_line(1), layers_line(1), layers_line(2)]
+  lines += [{'event': 'resumed', 'step': 1}]
+  assert list(read_run('a', make_run(tmp_path / 'a', lines)).layers) == [1]
+
+
+@pytest.mark.parametrize('bad', ['nan', 'inf', 0, -1])
+def test_layers_without_a_finite_norm(tmp_path, bad):
+  lines = [train_line(1), layers_line(1, bad), layers_line(2, bad)]
+  page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
+  # A norm below zero is none, and squared away.
+  assert len(page.all('div', **{'class': 'heat'})) == 3 + (bad == -1)
+
+
+def test_devices_are_told(tmp_path, adamw):
+  (adamw / 'run.json').write_text('{"devices": "8 TPU v5p"}')
+  assert 'devices 8 TPU v5p' in Page(render(tmp_path, {'adamw': adamw})).text
+
+
+def test_skipped_steps_are_no_divergence(tmp_path):
+  lines = [train_line(s) for s in range(1, 9)]
+  lines[3]['loss'] = 'nan'
+  run = make_run(tmp_path / 'a', lines)
+  assert 'not finite from step 4' in Page(render(tmp_path, {'a': run})).text
+  skipped = {'event': 'skipped', 'step': 4, 'reason': 'not finite'}
+  (run / 'events.jsonl').write_text(json.dumps(skipped))
+  assert 'finite from' not in Page(render(tmp_path, {'a': run})).text
+
+
+def test_lone_surrogates_are_written(tmp_path, adamw):
+  render(tmp_path, {'a\ud800': adamw})
+  assert 'a?' in (tmp_path / 'report.html').read_text('utf-8')
+
+
+names = st.sampled_from([
+  'step', 'time', 'split', 'event', 'loss', 'grad_norm', 'tokens', 'layers',
+  'reason', 'refused', 'bytes', 'seconds', 'expert_load_max', 'skipped',
+])  # fmt: skip
+odd = st.one_of(
+  st.integers(),
+  st.integers(0, 50),
+  st.floats(),
+  st.none(),
+  st.lists(st.floats(), max_size=2),
+  st.dictionaries(names, st.dictionaries(names, st.floats()), max_size=2),
+  st.sampled_from([
+    'nan', 'inf', '', 10**400, 'train', 'validation', 'layers', 'began',
+    'resumed', 'saved', 'save_failed', 'fell_back', 'skipped', 'stopped',
+    'done', 1e9, 1e9 + 60, 1e12,
+  ]),
+)  # fmt: skip
+odd_lines = st.lists(st.dictionaries(names, odd, min_size=1), max_size=8)
+likely = st.fixed_dictionaries(
+  {'step': st.integers(0, 40), 'time': st.floats(0, 2e11)},
+  optional={
+    'event': st.sampled_from(['began', 'resumed', 'saved', 'save_failed',
+                              'fell_back', 'skipped', 'stopped', 'done']),
+    'split': st.sampled_from(['train', 'validation']),
+    'loss': st.floats(),
+    'data_seconds': st.floats(),
+    'grad_norm': st.floats(),
+  },
+)  # fmt: skip
+
+
+@given(
+  metrics=odd_lines | st.lists(likely), events=odd_lines | st.lists(likely)
+)
+def test_whatever_the_lines_hold_there_is_a_page(
+  tmp_path_factory, metrics, events
+):
+  folder = tmp_path_factory.mktemp('any')
+  run = make_run(folder / 'run', [train_line(1), *metrics])
+  text = ''.join(json.dumps(line) + '\n' for line in events)
+  (run / 'events.jsonl').write_text(text)
+  page = Page(render(folder, {'a': run, 'b': run}))
+  for tag, attrs in page.tags:
+    places = [attrs.get(key) for key in ('x', 'y', 'x1', 'x2', 'd', 'width')]
+    assert not any(
+      word in place for place in places if place for word in ('nan', 'inf')
+    ), (tag, attrs)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train import metrics_file
 from train.config import (
   Config,
   KeepConfig,
@@ -348,6 +349,32 @@ def test_a_full_disk_does_not_stop_a_run(run, name):
   assert run.behind == ''
   assert lines(run) == [train_line(1)]
   assert json.loads((run.path / 'events.jsonl').read_text())['step'] == 1
+
+
+def test_a_disk_that_is_really_full(small_disk, monkeypatch):
+  monkeypatch.setattr(metrics_file, '_PATIENCE', 0.0)
+  disk = small_disk(200)
+  run = RunDir(disk / 'run', CONFIG, 'hash', VOCABULARY)
+  step = 0
+  while not run.behind:
+    step += 1
+    run.log(train_line(step))
+    assert step < 10_000
+  for _ in range(100):
+    step += 1
+    run.log(train_line(step))
+    run.event('skipped', step)
+  content = (run.local / 'metrics.jsonl').read_bytes()
+  assert content.endswith(b'}\n')
+  assert content.count(b'\n') <= step - 100
+  assert '101 lines of it wait in memory' in run.behind
+  with pytest.raises(UserError, match='no space left'):
+    run.sync()
+  small_disk(20_000)
+  run.sync()
+  assert run.behind == ''
+  assert lines(run) == [train_line(i) for i in range(1, step + 1)]
+  run.close()
 
 
 def test_a_full_disk_is_said_at_birth(tmp_path, monkeypatch):

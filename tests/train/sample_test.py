@@ -300,8 +300,8 @@ def index(folder, text):
     (lambda run: rewrite(run / 'tokenizer.json', '{}'), 'is not a tokenizer'),
     (lambda run: shutil.rmtree(run / 'checkpoints'),
      'there is no checkpoint yet'),
-    (lambda run: shutil.rmtree(run / 'checkpoints' / '24' / 'default'),
-     'cannot read step 24'),
+    (lambda run: [path.unlink() for path in run.glob('checkpoints/*/_METADATA')],
+     'can be used (step 24: _METADATA is missing'),
   ],
 )  # fmt: skip
 def test_a_broken_run(run_dir, main, capsys, one_error, damage, words):
@@ -310,6 +310,15 @@ def test_a_broken_run(run_dir, main, capsys, one_error, damage, words):
   captured = capsys.readouterr()
   assert words in one_error(captured.err)
   assert captured.out == ''
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_dir, main, capsys):
+  steps = sorted(int(p.name) for p in (run_dir / 'checkpoints').iterdir())
+  (run_dir / 'checkpoints' / str(steps[-1]) / '_METADATA').write_text('{}')
+  assert main('sample', run_dir, '--tokens', 3) == 0
+  captured = capsys.readouterr()
+  assert f'step {steps[-1]}' in captured.err
+  assert captured.out
 
 
 def test_a_directory_of_runs_names_them(trained, main, capsys, one_error):

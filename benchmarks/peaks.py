@@ -1,5 +1,0 @@
-"""Published speeds of devices, for model FLOPs utilisation."""
-
-from train.hardware import PEAKS, peak
-
-__all__ = ['PEAKS', 'peak']

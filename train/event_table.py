@@ -1,0 +1,148 @@
+"""The events of runs that matter, in a short table: failures and restarts."""
+
+import collections
+import dataclasses
+import html
+from collections.abc import Sequence
+
+from train.lives import beginning, clock, duration, lives
+from train.run_log import Event, RunLog
+
+_FIRST, _LAST = 8, 16
+"""Rows of a run at most: the first ones, and those before the end."""
+
+_NOUNS = {
+  'skipped': 'skipped step',
+  'save_failed': 'failed save',
+  'fell_back': 'refused checkpoint',
+  'resumed': 'restart',
+  'began': 'restart',
+  'stopped': 'stop',
+}
+
+
+@dataclasses.dataclass
+class _Row:
+  """One event, or several alike in a row."""
+
+  kind: str
+  text: str
+  events: list[Event]
+
+  def takes(self, event: Event, text: str, before: Event) -> bool:
+    """Whether an event repeats the last one; before: the one before it."""
+    alike = (self.kind, self.text) == (event.kind, text)
+    if event.kind == 'skipped':  # Apart from steps that were not skipped.
+      return alike and event.step - self.events[-1].step in (0, 1)
+    return alike and before is self.events[-1]
+
+
+def draw(runs: Sequence[RunLog]) -> str:
+  """The table as HTML; empty where nothing went wrong."""
+  body, several = '', len(runs) > 1
+  for run in runs:
+    rows = _rows(run)
+    since = beginning(run)
+    cut = rows[_FIRST : len(rows) - _LAST]
+    for i, row in enumerate(rows):
+      if not cut or i < _FIRST or i >= len(rows) - _LAST:
+        body += _cells(run, row, since, several)
+      elif i == _FIRST:
+        body += _left_out(cut, several)
+  if not body:
+    return ''
+  run_head = '<th scope="col">Arm</th>' if several else ''
+  return (
+    '<table class="events"><caption>Failures, skipped steps, restarts; times '
+    'are UTC, and since the run began</caption><thead><tr>'
+    f'<th scope="col">Time</th>{run_head}<th scope="col">Step</th>'
+    f'<th scope="col">Event</th></tr></thead><tbody>{body}</tbody></table>'
+  )
+
+
+def _rows(run: RunLog) -> list[_Row]:
+  rows: list[_Row] = []
+  found = lives(run)
+  for i, event in enumerate(run.events):
+    # What a life began with in the very first line is no news.
+    if event.kind not in _NOUNS or not i:
+      continue
+    text = _text(event)
+    if event.kind in ('resumed', 'began') and event.time is not None:
+      before = [life for life in found if life.points[0][0] < event.time]
+      if before and before[-1].end == 'died':
+        at, step = before[-1].last
+        text += f', {duration(event.time - at)} after the last sign of life'
+        if step != event.step:
+          text += f', at step {step:,}'
+    if rows and rows[-1].takes(event, text, run.events[i - 1]):
+      rows[-1].events.append(event)
+    else:
+      rows.append(_Row(event.kind, text, [event]))
+  if run.end == 'died' and found:
+    at, step = found[-1].last
+    last = Event('died', step, at, {})
+    rows.append(_Row('died', 'last sign of life: died, or is running', [last]))
+  return rows
+
+
+def _text(event: Event) -> str:
+  facts = {name: str(fact) for name, fact in event.facts.items()}
+  if event.kind == 'skipped':
+    return f'skipped: {facts.get("reason", "no reason told")}'
+  if event.kind == 'save_failed':
+    return f'not saved: {facts.get("error", "no reason told")}'
+  if event.kind == 'fell_back':
+    refused = facts.get('refused', '?')
+    return f'checkpoint {refused} refused: {facts.get("reason", "?")}'
+  if event.kind == 'stopped':
+    status = facts.get('status', 'stopped')
+    return 'stopped' if status == 'stopped' else f'stopped by {status}'
+  moved = ', '.join(f'{name} {fact}' for name, fact in facts.items())
+  text = 'resumed' if event.kind == 'resumed' else 'began again'
+  return f'{text} on other {moved}' if moved else text
+
+
+def _numbers(row: _Row) -> str:
+  """What a single skipped step had; of several only the reason is told."""
+  facts = row.events[0].facts
+  if row.kind != 'skipped' or len(row.events) > 1:
+    return ''
+  pairs = ('loss', 'loss'), ('gradient norm', 'grad_norm')
+  told = ', '.join(
+    f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}'
+    for name, key in pairs
+    if (value := facts.get(key)) is not None
+  )
+  return f' ({told})' if told else ''
+
+
+def _cells(run: RunLog, row: _Row, since: float | None, several: bool) -> str:
+  first, last = row.events[0], row.events[-1]
+  when = ''
+  if first.time is not None:
+    begun = duration(first.time - since) if since is not None else ''
+    when = f'{clock(first.time)} <small>{begun}</small>'
+  step, text = f'{first.step:,}', html.escape(row.text + _numbers(row))
+  if len(row.events) > 1:
+    step += f'\N{EN DASH}{last.step:,}' * (last.step != first.step)
+    text += f' <small>{len(row.events):,} times</small>'
+  name = f'<td class="who">{html.escape(run.name)}</td>' if several else ''
+  return (
+    f'<tr><td class="when">{when}</td>{name}<td class="at">{step}</td>'
+    f'<td>{text}</td></tr>'
+  )
+
+
+def _left_out(rows: Sequence[_Row], several: bool) -> str:
+  counts: collections.Counter[str] = collections.Counter()
+  for row in rows:
+    counts[_NOUNS.get(row.kind, row.kind)] += len(row.events)
+  total = sum(counts.values())
+  what = ', '.join(
+    f'{count:,} {noun}{"s" * (count != 1)}' for noun, count in counts.items()
+  )
+  return (
+    f'<tr class="cut"><td colspan="{4 if several else 3}">{total:,} left out: '
+    f'{what}</td></tr>'
+  )
