@@ -30,7 +30,7 @@ LIMIT = 15 * 60
 PREPARING = 24 * 3600
 """The same where that one may be fetching and tokenizing a corpus."""
 
-_ERROR, _INTERRUPTED, _BUG = 2, 130, 1  # Exit statuses.
+_INTERRUPTED, _BUG = 130, 1  # Exit statuses.
 _LAST_WORDS = 20  # Seconds for a traceback and what runs at exit.
 
 _rounds = itertools.count()  # All processes count alike.
@@ -132,8 +132,9 @@ def together(limit: float = LIMIT) -> Iterator[None]:
   failures = _meet(_new_key(), limit, failure)
   if failures:
     # All the same where all see the same; else that of the first.
-    shared = UserError(failures[min(failures)])
-    shared.shared = True
+    message, status = failures[min(failures)]
+    shared = UserError(message)
+    shared.shared, shared.status = True, status
     raise shared from failure
 
 
@@ -170,21 +171,26 @@ def _milliseconds(seconds: float) -> int:
 
 def _meet(
   key: str, limit: float, failure: UserError | None = None
-) -> dict[int, str]:
-  """Waits for all processes; returns the messages of those that failed."""
-  client = _client()
-  client.key_value_set(f'{key}/{_process()}', json.dumps(str(failure or '')))
+) -> dict[int, tuple[str, int]]:
+  """Waits for all processes; returns what those that failed say.
 
-  def arrived() -> dict[int, str]:
+  Returns:
+    By process, the message and the status to exit with.
+  """
+  client = _client()
+  said = (str(failure), failure.status) if failure else ('', 0)
+  client.key_value_set(f'{key}/{_process()}', json.dumps(said))
+
+  def arrived() -> dict[int, tuple[str, int]]:
     return {
-      int(name.rpartition('/')[2]): json.loads(message)
-      for name, message in client.key_value_dir_get(f'{key}/')
+      int(name.rpartition('/')[2]): tuple(json.loads(said))
+      for name, said in client.key_value_dir_get(f'{key}/')
     }
 
   everyone = {*range(_processes())}
   with _patience(lambda: sorted(everyone - {*arrived()}), limit):
     client.wait_at_barrier(key, _milliseconds(limit))
-  return {process: text for process, text in arrived().items() if text}
+  return {process: said for process, said in arrived().items() if said[0]}
 
 
 @contextlib.contextmanager
@@ -209,7 +215,7 @@ def _leave_alone(error: BaseException, beat: heartbeat.Heartbeat) -> None:
     beat.explain()
   status, said = _BUG, str(error).strip() or type(error).__name__
   if isinstance(error, UserError):
-    status = _ERROR
+    status = error.status
   elif isinstance(error, KeyboardInterrupt):
     status, said = _INTERRUPTED, 'interrupted'
   beat.fail(said.splitlines()[0], status)

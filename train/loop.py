@@ -89,7 +89,7 @@ def run(
     DivergedError: too many steps in a row were not finite.
   """
   kept_programs.keep()
-  with distributed.together():
+  with distributed.together(distributed.PREPARING):
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     dataset = data.load(config.data)

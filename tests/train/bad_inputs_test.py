@@ -37,9 +37,9 @@ TABLE = [
    'cannot write OTHER/stray/below: Not a directory'),
   ('run demo --run-dir /proc/run TINY',
    'cannot write /proc/run: No such file or directory'),
-  ('run demo --run-dir s3://bucket/run', 'argument --run-dir: s3://bucket/run: '
-   'a run directory is on a local disk, or gs://BUCKET/PATH (see python -m train '
-   'run --help)'),
+  ('run demo --run-dir s3://bucket/run', 'argument --run-dir: '
+   's3://bucket/run: a run directory is on a local disk, or gs://BUCKET/PATH '
+   '(see python -m train run --help)'),
   ('run demo --run-dir gs://bucket', 'argument --run-dir: gs://bucket names no '
    'directory in a bucket: gs://BUCKET/PATH (see python -m train run --help)'),
   ('run demo --run-dir RUN TINY --steps 8', 'RUN holds a run of another '

@@ -300,7 +300,7 @@ def index(folder, text):
     (lambda run: rewrite(run / 'tokenizer.json', '{}'), 'is not a tokenizer'),
     (lambda run: shutil.rmtree(run / 'checkpoints'),
      'there is no checkpoint yet'),
-    (lambda run: [path.unlink() for path in run.glob('checkpoints/*/_METADATA')],
+    (lambda run: [p.unlink() for p in run.glob('checkpoints/*/_METADATA')],
      'can be used (step 24: _METADATA is missing'),
   ],
 )  # fmt: skip
