@@ -370,6 +370,7 @@ class _Run:
       'loss': loss,
       'tokens': self.step * self.config.tokens_per_step,
     }
+    distributed.progress(self.step)
     self.directory.log(line)
     self.monitor.validation(line)
     self.monitor.status('')

@@ -68,6 +68,7 @@ class Saver:
   ) -> None:
     """Starts a save, if this step has none; its outcome is heard of later."""
     self._report(self._checkpoints.wait())  # Of the save before.
+    distributed.progress(step)
     if step == self.step and not self._error:
       return
     self.step, self._open = step, True
