@@ -6,7 +6,9 @@ contract that commands keep.
 
 import argparse
 import dataclasses
+import os
 import pathlib
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -92,6 +94,15 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
     return _replace(config, given)
   except ValueError as error:  # From `models`, which names 'model.field'.
     raise UserError(f'--{error}') from error
+
+
+def say(text: str) -> None:
+  """Prints to stdout, which may be full, or closed by `head`: no error."""
+  try:
+    print(text, flush=True)
+  except OSError:
+    # What is left in the buffer must not fail again on the way out.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive(text: str) -> int:

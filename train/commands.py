@@ -5,8 +5,8 @@ What a command needs is imported when it is called: most need no data.
 
 import argparse
 import dataclasses
-import os
 import sys
+from typing import Any
 
 from etils import epath
 
@@ -68,8 +68,8 @@ def _demo(options: argparse.Namespace) -> int:
 
   config = cli.config('demo', options)
   with distributed.cluster(*_processes(options)):
-    if signal := demo.run(config, options.run_dir):
-      return _interrupted(options.run_dir, signal)
+    if result := demo.run(config, options.run_dir):
+      return _interrupted(options.run_dir, result)
   return _DONE
 
 
@@ -132,16 +132,16 @@ def _run(options: argparse.Namespace) -> int:
       ),
     )
     if result.status == 'interrupted':
-      return _interrupted(options.run_dir, result.signal)
+      return _interrupted(options.run_dir, result)
     if not distributed.is_main():
       return _DONE
   if result.status == 'done':
-    print(
+    cli.say(
       f'done: {result.step} steps, held-out loss '
       f'{result.validation_loss:.4f} nats a token, in {options.run_dir}'
     )
   if result.status == 'stopped':
-    print(
+    cli.say(
       f'stopped: {result.step} of {config.steps} steps, saved in '
       f'{options.run_dir}; without --stop-at, or with a larger one, the same '
       'command goes on'
@@ -196,7 +196,7 @@ def _report(options: argparse.Namespace) -> int:
   write_report(
     out, runs, title=' against '.join(runs), baseline=next(iter(runs))
   )
-  print(f'report: {out}')
+  cli.say(f'report: {out}')
   return _DONE
 
 
@@ -275,11 +275,7 @@ def _recipes(options: argparse.Namespace) -> int:
   configs = {
     name: recipes.get(name, corpus=options.corpus) for name in recipes.RECIPES
   }
-  try:
-    print(recipe_table.table(configs, options.device, options.mfu), flush=True)
-  except BrokenPipeError:  # `head` has seen enough.
-    # What is left in the buffer must not fail again on the way out.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  cli.say(recipe_table.table(configs, options.device, options.mfu))
   return _DONE
 
 
@@ -352,13 +348,15 @@ def _aot(options: argparse.Namespace) -> int:
   return _DONE
 
 
-def _interrupted(run_dir: epath.Path, signal: str) -> int:
+def _interrupted(run_dir: epath.Path, result: Any) -> int:
+  """Of a `train.loop.Result` that a signal has brought about."""
   from train import distributed
 
   if distributed.is_main():
+    what = 'saved' if result.step else 'before the first step, nothing to save'
     print(
-      f'interrupted ({signal}), saved in {run_dir}; the same command goes on '
-      'from there',
+      f'interrupted ({result.signal}), {what} in {run_dir}; the same command '
+      'goes on from there',
       file=sys.stderr,
     )
-  return _INTERRUPTED if signal == 'SIGINT' else _PREEMPTED
+  return _INTERRUPTED if result.signal == 'SIGINT' else _PREEMPTED

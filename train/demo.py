@@ -6,7 +6,7 @@ import textwrap
 
 from etils import epath
 
-from train import distributed, loop
+from train import cli, distributed, loop
 from train.config import Config
 from train.errors import UserError
 from train.report import write_report
@@ -21,7 +21,7 @@ WARNING = (
 )
 
 
-def run(config: Config, directory: epath.Path) -> str:
+def run(config: Config, directory: epath.Path) -> loop.Result | None:
   """Trains both arms from the same parameters on the same batches.
 
   Args:
@@ -29,7 +29,7 @@ def run(config: Config, directory: epath.Path) -> str:
     directory: Holds a run directory per arm, results.json and report.html.
 
   Returns:
-    The name of the signal that stopped it; empty where it is done.
+    Of the arm that a signal has stopped; None where both are done.
 
   Raises:
     UserError: the input is at fault, or the disk is full.
@@ -43,9 +43,9 @@ def run(config: Config, directory: epath.Path) -> str:
     raise UserError(
       f'{directory} is the directory of a single run: name another --run-dir'
     )
-  plain = dataclasses.replace(config.optimizer, power=1.0)
+  without = dataclasses.replace(config.optimizer, power=1.0)
   configs = dict(
-    zip(ARMS, (dataclasses.replace(config, optimizer=plain), config),
+    zip(ARMS, (dataclasses.replace(config, optimizer=without), config),
         strict=True)
   )  # fmt: skip
   results = {}
@@ -55,11 +55,11 @@ def run(config: Config, directory: epath.Path) -> str:
     if result.status != 'done' or (
       result.signal and len(results) < len(configs)
     ):
-      return result.signal
+      return result
   with distributed.together():
     if distributed.is_main():
       _present(config, directory, results)
-  return ''
+  return None
 
 
 def _present(
@@ -74,7 +74,7 @@ def _present(
     notes=[WARNING],
     baseline=ARMS[0],
   )
-  print(_table(directory, results))
+  cli.say(_table(directory, results))
 
 
 def _write_results(
@@ -97,8 +97,8 @@ def _write_results(
 
 def _difference(results: dict[str, loop.Result]) -> float:
   """Powered minus plain, in nats a token: negative where the power helps."""
-  plain, powered = (results[name].validation_loss for name in ARMS)
-  return powered - plain
+  without, powered = (results[name].validation_loss for name in ARMS)
+  return powered - without
 
 
 def _table(directory: epath.Path, results: dict[str, loop.Result]) -> str:

@@ -108,7 +108,8 @@ def run(
 
 
 def _go_on(config, directory, dataset, mesh, name, stop_at, watch) -> Result:
-  if (end := distributed.share(directory.done())) is not None:
+  end = directory.done() if distributed.is_main() else None
+  if (end := distributed.share(end)) is not None:
     _logger.info('%s: already done, at step %d', name, end['step'])
     return Result(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
@@ -125,8 +126,13 @@ def _open(path: epath.Path, config: Config, dataset: data.Dataset) -> RunDir:
   main = distributed.is_main()
   with distributed.together():
     directory = RunDir(*parts) if main else None
-  with distributed.together():
-    return directory or RunDir(*parts, writes=False)
+  try:
+    with distributed.together():
+      return directory or RunDir(*parts, writes=False)
+  except BaseException:
+    if directory is not None:
+      directory.close()
+    raise
 
 
 class _Run:
@@ -174,13 +180,17 @@ class _Run:
     self.profiler = Profiler(directory.local, watch.profile)
     for step, reason in refused:
       self.tell('fell_back', self.step, refused=step, reason=reason)
+    self.behind = False  # Whether lines wait to be written.
     self.clock: float | None = None  # When the last logged step was done.
 
   def __call__(self) -> Result:
+    wait = True
     try:
       if self.last <= self.step < self.config.steps:
         return Result('stopped', self.step)  # As it was before.
-      self.directory.rewind(self.step)
+      # At the end, the last evaluation is about to be done again as well.
+      again = self.step == self.config.steps
+      self.directory.rewind(self.step, again=again)
       self._say_how_it_begins()
       status = self._train()
       if status == 'done':
@@ -188,10 +198,14 @@ class _Run:
       self.directory.log({'event': 'stopped', 'step': self.step})
       self.tell('stopped', self.step, status=self.interrupt.received or status)
       return Result(status, self.step)
+    except KeyboardInterrupt:  # The second one.
+      wait = False
+      raise
     finally:
       self.profiler.close()
-      self.monitor.close()
-      self.checkpoints.close()
+      if wait:
+        self.saver.close()
+      self.monitor.close(wait=wait)
 
   def tell(self, kind: str, step: int, **facts: Any) -> None:
     """Has history and display know of an event."""
@@ -217,7 +231,7 @@ class _Run:
     self.tell('resumed', self.step, **moved)
     if moved:
       self.monitor.say(
-        f'laid out in another way than it began ({", ".join(moved)}): what '
+        f'goes on in another way than it began ({", ".join(moved)}): what '
         'follows is the same up to rounding'
       )
 
@@ -237,6 +251,7 @@ class _Run:
   def _steps(self) -> str:
     every_eval = self.config.eval_every
     self.skipped = int(self.state.guard.skipped)
+    evaluated = None  # The last step that was, and its loss.
     pending: _Pending | None = None
     self.monitor.status('compiling')
     while self.step < self.last and not self.interrupt.stop():
@@ -256,6 +271,7 @@ class _Run:
         pending = loss = None
         if evaluate:
           loss = self._evaluate()
+          evaluated = self.step, loss
         if save and self.step < self.last:
           self.saver.save(self.step, self.state, loss)
         gc.collect()
@@ -265,7 +281,9 @@ class _Run:
       return 'done'
     hurry = self.interrupt.received is not None
     self.monitor.status('saving')
-    self.saver.finish(self.step, self.state, hurry=hurry)
+    known = evaluated is not None and evaluated[0] == self.step
+    loss = evaluated[1] if known else None
+    self.saver.finish(self.step, self.state, loss, hurry=hurry)
     return 'interrupted' if self.interrupt.received else 'stopped'
 
   def _next_batch(
@@ -314,11 +332,19 @@ class _Run:
     self.clock = now
     self.directory.log(line)
     self.monitor.train(line)
+    self._say_behind()
     if pending.norms is not None:
       layers = statistics.line(pending.norms, self.config.model)
       self._log_layers({'step': step, 'split': 'layers', 'layers': layers})
     if line['skipped'] > self.skipped:
       self._say_skipped(line, bad_in_row)
+
+  def _say_behind(self) -> None:
+    """Once, of lines that cannot be written and wait."""
+    behind = self.directory.behind
+    if behind and not self.behind:
+      self.monitor.say(f'{behind}; training goes on')
+    self.behind = bool(behind)
 
   def _log_layers(self, line: dict[str, Any]) -> None:
     self.directory.log(line)
@@ -362,7 +388,12 @@ class _Run:
       self.programs.eval_step(self.state.params, batch)
       for batch in self.held_out
     ]
-    losses, weights = zip(*jax.device_get(sums), strict=True)
+    losses, weights = [], []
+    for pair in sums:
+      total, weight = jax.device_get(pair)
+      losses.append(total)
+      weights.append(weight)
+      distributed.progress(self.step)
     loss = math.fsum(map(float, losses)) / math.fsum(map(float, weights))
     line = {
       'step': self.step,
@@ -370,7 +401,6 @@ class _Run:
       'loss': loss,
       'tokens': self.step * self.config.tokens_per_step,
     }
-    distributed.progress(self.step)
     self.directory.log(line)
     self.monitor.validation(line)
     self.monitor.status('')

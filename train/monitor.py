@@ -156,10 +156,14 @@ class Monitor:
     if waiting and self._terminal:
       self._show()
 
-  def close(self) -> None:
-    """Leaves the display as it stands; passes on what is still to pass on."""
+  def close(self, wait: bool = True) -> None:
+    """Leaves the display as it stands.
+
+    Args:
+      wait: Until what is still to pass on to others is passed on.
+    """
     try:
-      if self._sinks:
+      if self._sinks and wait:
         self._sinks.close()
     finally:
       live, self._live = self._live, None

@@ -14,7 +14,8 @@ from train.checkpoint import Checkpoints, Outcome
 from train.errors import UserError
 from train.run_dir import RunDir
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 300.0  # Seconds before another try.
+_FIRST_PAUSE = 2.0  # Seconds before another try; twice as long each time,
+_DOUBLINGS = 7  # so often: 4 minutes.
 _LAST_TRIES = 3  # Of a state that is not to change any more.
 
 
@@ -38,7 +39,7 @@ class Saver:
     step: int,
   ):
     self.step = step
-    """Of the newest save that is complete, or under way."""
+    """Of the newest save that was begun."""
     self.complete = step
     """Of the newest that is complete, as far as is known; 0 for none."""
     self._checkpoints = checkpoints
@@ -112,13 +113,17 @@ class Saver:
         + (f'step {self.complete}' if self.complete else 'the beginning')
       )
 
+  def close(self) -> None:
+    """Waits for a save under way, and tells how it went."""
+    self._report(self._checkpoints.wait())
+
   def _verdict(self) -> str:
     """On the last save: 'under way', 'complete', 'failed', or 'again'."""
     if self._under_way:
       return 'under way'
     if not self._error:
       return 'complete'
-    pause = min(_FIRST_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE)
+    pause = _FIRST_PAUSE * 2 ** min(self._failures - 1, _DOUBLINGS)
     over = time.monotonic() - self._failed_at >= pause
     return 'again' if over else 'failed'
 
