@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed as jax_distributed
+
+from train import distributed
+from train.errors import UserError
 
 LIMIT = 600
-"""Seconds that one process waits for another, at most."""
+"""Seconds that one process waits for another, if nothing else is said."""
 MARGIN = 30
 """Process 0 decides so much earlier than the others give up."""
 
@@ -24,7 +26,22 @@ _names = itertools.count()  # All processes count alike.
 
 
 class SharedError(Exception):
-  """Something failed in one process at least; the text is the same in all."""
+  """Something failed in one process at least; it is the same in all."""
+
+  def __init__(self, message: str, kind: str = ''):
+    """Tells of it.
+
+    Args:
+      message: One line.
+      kind: The name of the exception's class there; empty where a process did
+        not come.
+    """
+    super().__init__(message)
+    self.kind = kind
+
+
+class LostError(UserError):
+  """What the others have agreed on cannot be known: this process has to end."""
 
 
 class Agreement:
@@ -33,13 +50,15 @@ class Agreement:
   Made by all processes in the same order.
   """
 
-  def __init__(self, say: Callable[[Exception], str]):
+  def __init__(self, say: Callable[[Exception], str], limit: float = LIMIT):
     """Begins one.
 
     Args:
       say: Makes one line of an exception.
+      limit: Seconds that one process waits for another; more than `MARGIN`.
     """
     self._say = say
+    self._limit = limit
     self.name = f'gradpower/agreement/{next(_names)}'
     """Its own, and the same in all processes."""
     self._points = itertools.count()
@@ -57,15 +76,18 @@ class Agreement:
     Raises:
       SharedError: in all, where it raised an `Exception` in one, which was the
         first of its number, or did not end in time.
+      LostError: process 0 did not come, or does not say what it has decided.
     """
+    failure: list[str] = []
+    result = None
     try:
-      failure, result = '', action()
+      result = action()
     except Exception as error:
       _logger.debug('%s', what, exc_info=True)
-      failure, result = self._say(error), None
-    failure, results = self._exchange(what, [failure, result])
+      failure = [self._say(error), type(error).__name__]
+    failure, results = self._exchange(what, failure, result)
     if failure:
-      raise SharedError(failure)
+      raise SharedError(*failure)
     return results
 
   def fail(self, what: str, error: Exception) -> NoReturn:
@@ -73,6 +95,7 @@ class Agreement:
 
     Raises:
       SharedError: in all.
+      LostError: as `meet`.
     """
 
     def action():
@@ -83,73 +106,64 @@ class Agreement:
 
   def forget(self) -> None:
     """Frees the store's memory, once all have begun another agreement."""
-    if count() > 1 and process() == 0:
-      _client().key_value_delete(f'{self.name}/')
+    if distributed.process_count() > 1 and distributed.is_main():
+      distributed.client().key_value_delete(f'{self.name}/')
 
-  def _exchange(self, what: str, mine: list[Any]) -> tuple[str, list[Any]]:
-    if count() == 1:
-      return mine[0], [mine[1]]
-    key = f'{self.name}/{next(self._points)}'
-    _client().key_value_set(f'{key}/{process()}', json.dumps(mine))
-    if process() == 0:
+  def _exchange(
+    self, what: str, failure: list[str], result: Any
+  ) -> tuple[list[str], list[Any]]:
+    if distributed.process_count() == 1:
+      return failure, [result]
+    store, key = distributed.client(), f'{self.name}/{next(self._points)}'
+    own = f'{key}/{distributed.process_index()}'
+    store.key_value_set(own, json.dumps([failure, result]))
+    if distributed.is_main():
       failure, results = self._collect(key, what)
-      verdict = json.dumps([failure, results[0] if results else None])
-      _client().key_value_set(f'{key}/verdict', verdict)
+      verdict = json.dumps([failure, results[0]])
+      store.key_value_set(f'{key}/verdict', verdict)
       return failure, results
     # Process 0 decides within the limit once it has come.
-    if _get(f'{key}/0', LIMIT) is None:
-      mine = [f'process 0 was waited for {LIMIT} s ({what})', None]
-      _client().key_value_set(
-        f'{key}/{process()}', json.dumps(mine), allow_overwrite=True
-      )
-      return mine[0], []
-    if (verdict := _get(f'{key}/verdict', LIMIT)) is None:
-      return f'process 0 does not answer ({what})', []
+    patience, late = self._limit, ''
+    if _get(f'{key}/0', self._limit) is None:
+      late = f'process 0 was waited for {self._limit:g} s ({what})'
+      told = json.dumps([[late, ''], None])
+      store.key_value_set(own, told, allow_overwrite=True)
+      # It may have read what was there before: only its verdict counts.
+      patience = MARGIN
+    if (verdict := _get(f'{key}/verdict', patience)) is None:
+      raise LostError(late or f'process 0 does not answer ({what})')
     return verdict[0], [verdict[1]]
 
-  def _collect(self, key: str, what: str) -> tuple[str, list[Any]]:
+  def _collect(self, key: str, what: str) -> tuple[list[str], list[Any]]:
     """In process 0: the first failure, and the results."""
-    seconds = LIMIT - MARGIN
+    seconds = self._limit - MARGIN
     end = time.monotonic() + seconds
     failures, results = [], []
-    for number in range(count()):
+    for number in range(distributed.process_count()):
       told = _get(f'{key}/{number}', max(end - time.monotonic(), 0.01))
       if told is None:
-        told = [f'process {number} was waited for {seconds} s ({what})', None]
+        late = f'process {number} was waited for {seconds:g} s ({what})'
+        told = [[late, ''], None]
       failures.append(told[0])
       results.append(told[1])
-    return next(filter(None, failures), ''), results
-
-
-def count() -> int:
-  """The number of processes."""
-  return jax_distributed.global_state.num_processes or 1
-
-
-def process() -> int:
-  """The number of this one, from 0."""
-  return jax_distributed.global_state.process_id or 0
+    return next(filter(None, failures), []), results
 
 
 def in_main(action: Callable[..., Any], *args: Any) -> Any:
   """What it returns in process 0; None elsewhere, where it is not done."""
-  return action(*args) if process() == 0 else None
+  return action(*args) if distributed.is_main() else None
 
 
-def share(items: Sequence[Any]) -> Sequence[Any]:
+def my_part(items: Sequence[Any]) -> Sequence[Any]:
   """Those of them that are this process's to work on."""
-  return items[process() :: count()]
+  return items[distributed.process_index() :: distributed.process_count()]
 
 
 def _get(key: str, seconds: float) -> Any:
   """What was told under a key; None where it does not come in time."""
   try:
-    told = _client().blocking_key_value_get(key, int(seconds * 1000))
+    told = distributed.client().blocking_key_value_get(key, int(seconds * 1000))
   except jax.errors.JaxRuntimeError:
     _logger.debug('%s', key, exc_info=True)
     return None
   return json.loads(told)
-
-
-def _client() -> Any:
-  return jax_distributed.global_state.client

@@ -26,16 +26,19 @@ _MARKERS = (
   'M0 4.5L4.5-3.5h-9z',
 )
 _LINES: Mapping[int, str] = {}
+_KINDS: Mapping[str, str] = {}
 
 _RULES = """
-.plot { padding: 6px 22px 44px 58px; }
+/* Beside a figure with a longer caption the plot itself is taller. */
+.plot { padding: 6px 22px 44px 58px; flex: 1; display: flex;
+  flex-direction: column; }
 .plot svg { display: block; width: 100%; }
-.plot > svg { height: 230px; overflow: visible; }
-.wide .plot > svg { height: clamp(270px, 34vw, 400px); }
+.plot > svg { flex: 1 0 230px; overflow: visible; }
+.wide .plot > svg { flex-basis: clamp(270px, 34vw, 400px); }
 .plot text { font-size: 12px; fill: var(--soft);
   font-variant-numeric: tabular-nums; }
 .y { text-anchor: end; }
-.x, .none { text-anchor: middle; }
+.x { text-anchor: middle; }
 .grid { stroke: var(--rule); }
 .axis { stroke: var(--soft); }
 .zero { stroke: var(--ink); stroke-width: 1.5; }
@@ -48,6 +51,7 @@ _RULES = """
 .dashed { stroke-dasharray: 4 6; }
 .dotted { stroke-width: 1.5; stroke-dasharray: 1 5; opacity: .8; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.2; }
+.key .faint { opacity: .5; }
 .key { display: inline-block; width: 30px; height: 12px; margin-right: 5px;
   vertical-align: -1px; }
 .defs { position: absolute; width: 0; height: 0; }
@@ -186,16 +190,39 @@ def y_axis(
   return Axis(title, low if zero else low - margin, high + margin)
 
 
-def legend(names: Sequence[str], styles: Mapping[int, str] = _LINES) -> str:
-  """The runs' names, each with its colour and marker; '' leaves one out."""
-  items = (
-    f'<li><svg class="key {colour(i)}" aria-hidden="true">'
-    f'<line class="{styles.get(i, "line")}" x1="1" x2="29" y1="6" y2="6"/>'
-    f'{_marker(i, "15", "6", "mark")}</svg>{html.escape(name)}</li>'
+def legend(
+  names: Sequence[str],
+  styles: Mapping[int, str] = _LINES,
+  kinds: Mapping[str, str] = _KINDS,
+) -> str:
+  """What colours, markers and lines mean.
+
+  Args:
+    names: of the runs, each with its colour and marker; '' leaves one out.
+    styles: of a run's line, where it is another than 'line'.
+    kinds: a style and what it means, in whatever colour; of a single run in
+      its own, and without its name.
+  """
+  alone = bool(kinds) and len(names) == 1
+  items = [
+    _item(colour(i), styles.get(i, 'line'), _marker(i, '15', '6', 'mark'), name)
     for i, name in enumerate(names)
-    if name
+    if name and not alone
+  ]
+  for style, meaning in kinds.items():
+    marked = style == 'marked'
+    mark = '<use class="mark" href="#m0" x="15" y="6"/>' if marked else ''
+    line = 'line' if marked else style
+    items.append(_item(colour(0) if alone else '', line, mark, meaning))
+  return f'<ul class="legend">{"".join(items)}</ul>' if items else ''
+
+
+def _item(colour_: str, style: str, mark: str, name: str) -> str:
+  return (
+    f'<li><svg class="key {colour_}" aria-hidden="true">'
+    f'<line class="{style}" x1="1" x2="29" y1="6" y2="6"/>'
+    f'{mark}</svg>{html.escape(name)}</li>'
   )
-  return f'<ul class="legend">{"".join(items)}</ul>' if any(names) else ''
 
 
 def chart(
@@ -211,16 +238,15 @@ def chart(
   Args:
     label: a sentence for readers who cannot see it.
     x: horizontal axis.
-    y: vertical axis; None says that there is nothing finite to draw.
+    y: vertical axis; None says that there is nothing finite to draw, and so
+      nothing is drawn.
     curves: drawn in order, the later ones above.
     zero: draw a strong line at y = 0.
     over: SVG to draw over the curves, its places in percent.
   """
-  label = html.escape(label)
   if y is None:
-    return (
-      f'<p class="none" role="img" aria-label="{label}">No finite values.</p>'
-    )
+    return ''
+  label = html.escape(label)
   frame, strokes, marks = [], [], []
   for value, text in y.ticks():
     place = percent(1 - y.place(value))

@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import logging
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from train import manifest, retention, state_files, step_dirs
-from train.agreement import Agreement, SharedError, in_main, share
+from train.agreement import LIMIT, Agreement, SharedError, in_main, my_part
 from train.config import KeepConfig
 from train.errors import UserError
 from train.save_job import Outcome, SaveJob
@@ -43,7 +44,11 @@ class Checkpoints:
   """The checkpoints of one run directory, used by all processes alike."""
 
   def __init__(
-    self, directory: epath.PathLike, keep: KeepConfig, facts: Mapping[str, Any]
+    self,
+    directory: epath.PathLike,
+    keep: KeepConfig,
+    facts: Mapping[str, Any],
+    confirm: Callable[[], None] = lambda: None,
   ):
     """Takes away what saves that were cut off have left.
 
@@ -51,23 +56,26 @@ class Checkpoints:
       directory: Made where it is missing.
       keep: Which to keep.
       facts: Told in each manifest; JSON.
+      confirm: Called in process 0, by any thread, before a manifest is written
+        and before anything is removed; raises a UserError where another run
+        has taken the directory.
 
     Raises:
       UserError: the directory cannot be written.
     """
     self._directory = step_dirs.absolute(directory)
     self._facts = facts
-    self._keeper = retention.Keeper(self._directory, keep)
+    self._confirm = confirm
+    self._keeper = retention.Keeper(self._directory, keep, confirm)
     self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     self._save: SaveJob | None = None  # The last.
-    talk = self._agreement('write')
-    with _shared_errors():
-      talk.meet('opening', lambda: in_main(step_dirs.clear, self._directory))
 
-  def steps(self) -> list[int]:
-    """Those that are complete, ascending."""
-    found = step_dirs.present(self._directory)
-    return [step for step, complete in found if complete]
+    def clear():
+      confirm()
+      step_dirs.clear(self._directory)
+
+    with _shared_errors():
+      self._agreement('write').meet('opening', lambda: in_main(clear))
 
   def restore(self, abstract_state: Any) -> Restored | None:
     """The newest state whose files are what was saved; changes nothing.
@@ -79,8 +87,8 @@ class Checkpoints:
       The same step in all processes; None where none was ever complete.
 
     Raises:
-      UserError: there are complete ones and all are damaged, or the one to
-        restore holds another state.
+      UserError: there are complete ones and all are damaged, whether one is
+        cannot be told, or the one to restore holds another state.
     """
     talk = self._agreement('read')
     with _shared_errors():
@@ -92,6 +100,8 @@ class Checkpoints:
       try:
         self._verify(talk, step)
       except SharedError as error:
+        if error.kind != manifest.DamagedError.__name__:
+          raise _unknown(step, error, shared=True) from error
         refused.append((step, str(error)))
         continue
       self._keeper.refuse(step for step, _ in refused)
@@ -115,6 +125,9 @@ class Checkpoints:
       step: How many were taken; a checkpoint of so many is replaced.
       state: Copied first: its arrays may be donated.
       validation_loss: Nats a token, where this step was evaluated.
+
+    Raises:
+      UserError: the processes have lost one another; so the next three.
     """
 
     def ended(outcome):
@@ -124,13 +137,22 @@ class Checkpoints:
 
     self.close()
     before = self._save
-    self._save = SaveJob(self._directory, step, validation_loss, self._facts)
+    self._save = SaveJob(
+      self._directory,
+      step,
+      validation_loss,
+      self._facts,
+      self._confirm,
+      sum(x.nbytes for x in jax.tree.leaves(state)),
+    )
     self._save.start(state, ended)
     if before is not None:
       before.forget()
 
   def finished(self) -> list[Outcome]:
     """Of the saves that have ended since last asked; waits for none."""
+    if self._save is not None:
+      self._save.check()
     outcomes = []
     while not self._outcomes.empty():
       outcomes.append(self._outcomes.get())
@@ -146,9 +168,9 @@ class Checkpoints:
     if self._save is not None:
       self._save.wait()
 
-  def _agreement(self, verb: str) -> Agreement:
+  def _agreement(self, verb: str, limit: float = LIMIT) -> Agreement:
     return Agreement(
-      lambda error: step_dirs.reason(error, self._directory, verb)
+      lambda error: step_dirs.explain(error, self._directory, verb), limit
     )
 
   def _verify(self, talk: Agreement, step: int) -> None:
@@ -158,8 +180,10 @@ class Checkpoints:
       'reading a manifest',
       lambda: in_main(lambda: manifest.read(directory, step)['files']),
     )[0]
-    mine = {name: files[name] for name in share(sorted(files))}
-    talk.meet('verifying', lambda: manifest.check(directory, mine))
+    mine = {name: files[name] for name in my_part(sorted(files))}
+    size = sum(entry['bytes'] for entry in files.values())
+    slow = self._agreement('read', manifest.seconds(size))
+    slow.meet('verifying', lambda: manifest.check(directory, mine))
 
   def _read(self, step: int, abstract_state: Any) -> Any:
     try:
@@ -220,9 +244,12 @@ def _read_params(
     path = directory / str(step)
     try:
       manifest.check(path, manifest.read(path, step)['files'])
-    except Exception as error:  # Each store's client has its own.
-      refused.append((step, step_dirs.reason(error, path, 'read')))
+    except manifest.DamagedError as error:
+      refused.append((step, str(error)))
       continue
+    except Exception as error:  # Each store's client has its own.
+      why = step_dirs.explain(error, path, 'read')
+      raise _unknown(step, why) from error
     for other, reason in refused:
       _logger.warning(
         'warning: step %d is passed over for step %d: %s', other, step, reason
@@ -241,6 +268,16 @@ def _none_left(
 ) -> UserError:
   reasons = '; '.join(f'step {step}: {reason}' for step, reason in refused)
   return UserError(f'no checkpoint in {directory} can be used ({reasons})')
+
+
+def _unknown(step: int, why: object, *, shared: bool = False) -> UserError:
+  """Of a step that may well be what was saved: none before it is taken."""
+  error = UserError(
+    f'step {step} cannot be checked ({why}): nothing is removed; mend that and '
+    'give the same command again'
+  )
+  error.shared = shared
+  return error
 
 
 @contextlib.contextmanager

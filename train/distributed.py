@@ -62,9 +62,9 @@ def cluster(
     yield
     return
   beat = heartbeat.Heartbeat(
-    _client(),
-    _process(),
-    _processes(),
+    client(),
+    process_index(),
+    process_count(),
     str(jax_distributed.global_state.coordinator_address),
     _progress,
   )
@@ -79,6 +79,21 @@ def cluster(
   _end(beat)
 
 
+def client() -> Any:
+  """JAX's, of the coordination service; None where there is one process."""
+  return jax_distributed.global_state.client
+
+
+def process_index() -> int:
+  """The number of this one, from 0; JAX's own would start the backend."""
+  return jax_distributed.global_state.process_id
+
+
+def process_count() -> int:
+  """How many there are; JAX's own would start the backend."""
+  return jax_distributed.global_state.num_processes
+
+
 def several() -> bool:
   """Whether this run has more than one process."""
   return jax.distributed.is_initialized()
@@ -86,7 +101,7 @@ def several() -> bool:
 
 def is_main() -> bool:
   """Whether this is the process that writes and prints."""
-  return _process() == 0
+  return process_index() == 0
 
 
 def progress(step: int) -> None:
@@ -106,11 +121,12 @@ def share(value: Any, limit: float = LIMIT) -> Any:
   """
   if not several():
     return value
-  client, key = _client(), _new_key()
+  key = _new_key()
   if is_main():
-    client.key_value_set(key, json.dumps(value))
+    client().key_value_set(key, json.dumps(value))
   with _patience(lambda: [0], limit):
-    return json.loads(client.blocking_key_value_get(key, _milliseconds(limit)))
+    milliseconds = _milliseconds(limit)
+    return json.loads(client().blocking_key_value_get(key, milliseconds))
 
 
 @contextlib.contextmanager
@@ -140,25 +156,12 @@ def together(limit: float = LIMIT) -> Iterator[None]:
 
 def announce(fact: str) -> None:
   """Lets `announced` of that be true in all processes from now on."""
-  _client().key_value_set(f'gradpower/{fact}/x', '', allow_overwrite=True)
+  client().key_value_set(f'gradpower/{fact}/x', '', allow_overwrite=True)
 
 
 def announced(fact: str) -> bool:
   """Whether any process has announced it; asked in all, it is true in all."""
-  return share(bool(_client().key_value_dir_get(f'gradpower/{fact}')))
-
-
-def _client() -> Any:
-  return jax_distributed.global_state.client
-
-
-def _process() -> int:
-  """`jax.process_index()` would start the backend."""
-  return jax_distributed.global_state.process_id
-
-
-def _processes() -> int:
-  return jax_distributed.global_state.num_processes
+  return share(bool(client().key_value_dir_get(f'gradpower/{fact}')))
 
 
 def _new_key() -> str:
@@ -177,19 +180,18 @@ def _meet(
   Returns:
     By process, the message and the status to exit with.
   """
-  client = _client()
   said = (str(failure), failure.status) if failure else ('', 0)
-  client.key_value_set(f'{key}/{_process()}', json.dumps(said))
+  client().key_value_set(f'{key}/{process_index()}', json.dumps(said))
 
   def arrived() -> dict[int, tuple[str, int]]:
     return {
       int(name.rpartition('/')[2]): tuple(json.loads(said))
-      for name, said in client.key_value_dir_get(f'{key}/')
+      for name, said in client().key_value_dir_get(f'{key}/')
     }
 
-  everyone = {*range(_processes())}
+  everyone = {*range(process_count())}
   with _patience(lambda: sorted(everyone - {*arrived()}), limit):
-    client.wait_at_barrier(key, _milliseconds(limit))
+    client().wait_at_barrier(key, _milliseconds(limit))
   return {process: said for process, said in arrived().items() if said[0]}
 
 
@@ -202,7 +204,7 @@ def _patience(
   except jax.errors.JaxRuntimeError as error:
     if 'DEADLINE_EXCEEDED' not in str(error):
       raise
-    names = beats.names(_client(), awaited())
+    names = beats.names(client(), awaited())
     raise UserError(f'waited {limit / 60:g} min in vain for {names}') from error
 
 

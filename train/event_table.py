@@ -18,6 +18,7 @@ _NOUNS = {
   'resumed': 'restart',
   'began': 'restart',
   'stopped': 'stop',
+  'failed': 'failure',
 }
 
 
@@ -79,10 +80,10 @@ def _rows(run: RunLog) -> list[_Row]:
       rows[-1].events.append(event)
     else:
       rows.append(_Row(event.kind, text, [event]))
-  if run.end == 'died' and found:
+  if run.end == 'open' and found:
     at, step = found[-1].last
-    last = Event('died', step, at, {})
-    rows.append(_Row('died', 'last sign of life: died, or is running', [last]))
+    text = 'last sign of life; no end on record: running, or died'
+    rows.append(_Row('open', text, [Event('open', step, at, {})]))
   return rows
 
 
@@ -97,7 +98,10 @@ def _text(event: Event) -> str:
     return f'checkpoint {refused} refused: {facts.get("reason", "?")}'
   if event.kind == 'stopped':
     status = facts.get('status', 'stopped')
-    return 'stopped' if status == 'stopped' else f'stopped by {status}'
+    how = {'stopped': '', 'at once': ' at once'}
+    return 'stopped' + how.get(status, f' by {status}')
+  if event.kind == 'failed':
+    return f'failed: {facts.get("error", "no reason told")}'
   moved = ', '.join(f'{name} {fact}' for name, fact in facts.items())
   text = 'resumed' if event.kind == 'resumed' else 'began again'
   return f'{text} on other {moved}' if moved else text

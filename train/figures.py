@@ -50,6 +50,13 @@ _EXPERTS = (
 )  # fmt: skip
 
 
+_KINDS = {
+  'marked': 'validation',
+  'soft': 'training, a centred mean',
+  'faint': 'training, each measurement',
+}
+
+
 def draw(runs: Sequence[RunLog], base: RunLog) -> str:
   """All figures over steps that the runs have data for, as HTML."""
   x = x_key(runs)
@@ -80,8 +87,9 @@ def over_time(runs: Sequence[RunLog]) -> str:
   text = 'Bars: from each start to the last sign of life.'
   if any(len(lives(run)) > 1 for run in runs):
     text += (
-      ' Upright lines: restarts. What a run that died had done since its last '
-      'save is lost, and done again.'
+      ' Upright lines: restarts. What a run had done after the save that it '
+      'went on from is lost and done again; evaluations among it are not on '
+      'record.'
     )
   return _figure('Time', text, _legend(runs), plot, wide=True)
 
@@ -98,6 +106,8 @@ def _legend(runs: Sequence[RunLog]) -> str:
 def _figure(
   head: str, text: str, legend: str, body: str, *, wide: bool = False
 ) -> str:
+  if not body:
+    return ''
   return (
     f'<figure class="{"wide" if wide else "half"}"><figcaption>'
     f'<h3>{head}</h3>{html.escape(text)}</figcaption>{legend}{body}</figure>'
@@ -144,15 +154,12 @@ def _loss(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> str:
     [curve for _, curve in sorted(curves, key=lambda pair: pair[0])],
     over=timeline.on_steps(runs, x_axis, x),
   )
-  text = (
-    'With markers: validation. Thin: training, a centred mean; faint: each '
-    'training measurement. The range fits all but the first tenth.'
-  )
+  text = 'The range fits all but the first tenth.'
   if any(run.resumed for run in runs):
     text += ' Upright lines: restarts.'
-  if any(event.kind == 'skipped' for run in runs for event in run.events):
-    text += ' Crosses: skipped steps.'
-  legend = charts.legend([run.name for run in runs])
+  if crosses := timeline.skips(runs, x_axis, x):
+    text += f' {crosses}'
+  legend = charts.legend([run.name for run in runs], kinds=_KINDS)
   return _figure('Loss', text, legend, plot, wide=True)
 
 
@@ -225,7 +232,7 @@ def _norms(run: RunLog, x: str, x_axis: charts.Axis) -> str:
   plot = charts.chart(
     f'Gradient norms by {x}: {", ".join(filter(None, heads))}.',
     x_axis,
-    _range(points, _NORMS[0]),
+    _range(points, [], _NORMS[0]),
     [charts.Curve(i, points[i], 'faint') for i in (0, 2)]
     + [
       charts.Curve(i, series.smooth(found), styles.get(i, 'line'))
@@ -246,25 +253,28 @@ def _noisy(
   ]
   if not any(points):
     return ''
+  means = [series.smooth(found) if measure.mean else found for found in points]
   plot = charts.chart(
     f'{measure.head} by {x}.',
     x_axis,
-    _range(points, measure),
+    _range(points, means, measure),
     [charts.Curve(i, found, 'faint') for i, found in enumerate(points)]
-    + [
-      charts.Curve(i, series.smooth(found) if measure.mean else found)
-      for i, found in enumerate(points)
-    ],
+    + [charts.Curve(i, mean) for i, mean in enumerate(means)],
   )
   return _figure(measure.head, measure.text, _legend(runs), plot)
 
 
 def _range(
-  points: Sequence[charts.Points], measure: _Measure
+  points: Sequence[charts.Points],
+  means: Sequence[charts.Points],
+  measure: _Measure,
 ) -> charts.Axis | None:
   values = [y for found in points for _, y in found]
   if not measure.log:
     top = series.quantile(values, 0.995)
+    peak = series.quantile((y for found in means for _, y in found), 1.0)
+    # A mean fits too, unless an outlier far beyond all else is in it.
+    top = max(top, peak) if peak <= 2 * top else top
     values = [min(y, top) for y in values]
   return charts.y_axis(
     measure.title, values, zero=not measure.log, log=measure.log

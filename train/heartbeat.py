@@ -25,6 +25,8 @@ GONE = 1
 """The exit status where another process is gone, or all hang."""
 
 PERIOD = 1.0  # Seconds from beat to beat.
+# So many in a row that process 0 does not take: it is gone.
+_UNANSWERED = 5
 # Seconds of silence: Python, which beats, may be held up by a long call.
 _SILENT = 30.0
 # The same where there is an error to explain, and the run ends in any case.
@@ -55,6 +57,7 @@ class Heartbeat:
     progress: beats.Progress,
   ):
     self._client = client
+    self._address = address
     self._process = process
     self._progress = progress
     self._number = 0
@@ -67,7 +70,7 @@ class Heartbeat:
     if process:
       beats.wait_for(client, 0, seconds=60)
       self._main = beats.names(client, [0])
-      self._on_abort = _on_abort(lambda: self._explain_abort(address))
+      self._on_abort = _on_abort(self._explain_abort)
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
 
@@ -101,6 +104,7 @@ class Heartbeat:
     self._thread.join()
 
   def _run(self) -> None:
+    unanswered = 0
     while not self._stopped.wait(PERIOD):
       try:
         self._post()
@@ -108,10 +112,13 @@ class Heartbeat:
         if not self._process and not failures:
           self._listen()
       except jax.errors.JaxRuntimeError:
-        if self._stopped.is_set():
-          return
-        self._without_main()
+        unanswered += 1
+        if not self._process or self._stopped.is_set():
+          continue
+        if unanswered >= _UNANSWERED or _refuses(self._address):
+          self._without_main()
       else:
+        unanswered = 0
         for _, failure in failures:
           self._follow(**json.loads(failure))
 
@@ -152,9 +159,10 @@ class Heartbeat:
     time.sleep(2 * PERIOD)  # Without the store, others would abort.
     self._leave('', status)
 
-  def _explain_abort(self, address: str) -> None:
+  def _explain_abort(self) -> None:
     """JAX aborts where process 0 is gone; else the abort takes its course."""
-    if time.monotonic() - self._posted > 5 * PERIOD or not _listens(address):
+    silent = time.monotonic() - self._posted > _UNANSWERED * PERIOD
+    if silent or _refuses(self._address):
       self._without_main()
 
   def _without_main(self) -> None:
@@ -171,13 +179,16 @@ def _say(message: str) -> None:
   print(f'python -m train: error: {message}', file=sys.stderr, flush=True)
 
 
-def _listens(address: str) -> bool:
+def _refuses(address: str) -> bool:
+  """Whether the machine is there, but nobody listens."""
   host, _, port = address.rpartition(':')
   try:
     socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
-  except OSError:
-    return False
-  return True
+  except ConnectionError:
+    return True
+  except OSError:  # Such as a network that is down for a moment.
+    pass
+  return False
 
 
 def _on_abort(explain: Callable[[], None]) -> Any:

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM: a run saves and ends after the step under way."""
+"""Ctrl-C, SIGTERM, a lost terminal: a run saves and ends after its step."""
 
+import atexit
 import itertools
 import os
 import signal
+import sys
 
 from jax.experimental import multihost_utils
 
@@ -11,10 +13,11 @@ from train import distributed
 # Of all runs of a program: what JAX agrees on is a number of questions asked.
 _questions = itertools.count(1)
 _CTRL_C = 'interrupted'
+_AT_ONCE = 130  # The exit status of a second signal.
 
 
 class Interrupt:
-  """Notes the first Ctrl-C or SIGTERM; the second ends the program at once.
+  """Notes the first Ctrl-C, SIGTERM or SIGHUP; the second ends all at once.
 
   Of several processes each may be the one that is signalled: JAX, which
   listens for SIGTERM from when they are joined, lets all of them stop after
@@ -29,6 +32,8 @@ class Interrupt:
 
   def __enter__(self):
     mine = [signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Under nohup.
+      mine.append(signal.SIGHUP)
     if not distributed.several():
       mine.append(signal.SIGTERM)
     self._previous = {
@@ -57,7 +62,22 @@ class Interrupt:
       raise KeyboardInterrupt
     self._noted = signal.Signals(number).name
     if distributed.several():
-      distributed.announce(_CTRL_C)
+      if number == signal.SIGINT:
+        distributed.announce(_CTRL_C)
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.received = self._noted
+
+
+def skip_exit() -> None:
+  """Has the program, once it exits, end without waiting for what still runs.
+
+  Threads that write a checkpoint would be waited for, or abort Python's end.
+  """
+  atexit.register(_leave)
+
+
+def _leave() -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(_AT_ONCE)

@@ -19,7 +19,9 @@ from jax._src import distributed as jax_distributed
 
 from train.errors import UserError
 
+_logger = logging.getLogger('train')
 _MEET = 300  # Seconds: on a cluster, images are pulled meanwhile.
+_SAY = 5  # Seconds after which a process says that it waits.
 # Seconds until JAX itself aborts a process that hears nothing of the others; it
 # is `train/heartbeat.py` that does so in time where process 0 lives.
 _HEARTBEAT = 50
@@ -57,7 +59,7 @@ def join(
     return
   if coordinator is not None and process == 0:
     _check_port(coordinator)
-  with _patience(coordinator, count), warnings.catch_warnings():
+  with _meeting(coordinator, count), warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Kubernetes environment detected')
     try:
       jax.distributed.initialize(
@@ -138,7 +140,7 @@ def _check_port(coordinator: str) -> None:
 
 
 @contextlib.contextmanager
-def _patience(coordinator: str | None, count: int) -> Iterator[None]:
+def _meeting(coordinator: str | None, count: int) -> Iterator[None]:
   """Ends the program where the processes do not meet; JAX would abort."""
   where = f' at {coordinator}' if coordinator else ''
 
@@ -152,13 +154,18 @@ def _patience(coordinator: str | None, count: int) -> Iterator[None]:
     )
     os._exit(2)
 
-  timer = threading.Timer(_MEET, give_up)
-  timer.daemon = True
-  timer.start()
+  def say():
+    _logger.info('waits for all of the %d processes to meet%s', count, where)
+
+  timers = [threading.Timer(_SAY, say), threading.Timer(_MEET, give_up)]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
   # Python would only note a Ctrl-C until all are there.
   previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     yield
   finally:
     signal.signal(signal.SIGINT, previous)
-    timer.cancel()
+    for timer in timers:
+      timer.cancel()

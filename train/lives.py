@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from train.run_log import Event, RunLog
 
 _STARTS = ('began', 'resumed')
-_ENDS = ('stopped', 'done')
+_ENDS = ('stopped', 'failed', 'done')
 # What a process says while it lives. A checkpoint is refused before a start is
 # told, by the process that is about to go on.
 _SIGNS = ('saved', 'save_failed', 'skipped', *_ENDS)
@@ -27,7 +27,8 @@ class Life:
   done again.
   """
   end: str = 'died'
-  """'done', 'stopped', or 'died' (no end on record)."""
+  """'done', 'stopped', 'failed', 'died' (another life followed), or 'open' (no
+  end on record: going on, or died)."""
 
   @property
   def last(self) -> tuple[float, int]:
@@ -70,6 +71,8 @@ def lives(run: RunLog) -> list[Life]:
     life.points.append((at, max(step, life.points[-1][1])))
     if kind in _ENDS:
       life.end = kind
+  if out and out[-1].end == 'died':
+    out[-1].end = 'open'
   return out
 
 

@@ -22,6 +22,7 @@ _NAME = 'lock'
 
 _BEAT = 10.0  # Seconds between beats.
 _STALE = 60.0  # Seconds without one after which a run is taken to have ended.
+_LISTEN = 2.5  # Beats listened for at least: another host's clock may be wrong.
 _SETTLE = 3.0  # Seconds in which two that begin at once see each other.
 
 
@@ -47,6 +48,9 @@ class FileLock:
   def check(self) -> None:
     """It cannot be lost."""
 
+  def confirm(self) -> None:
+    """It cannot be lost."""
+
   def release(self) -> None:
     """Lets another run begin."""
     if self._file >= 0:
@@ -67,7 +71,7 @@ class FileLock:
       )
 
 
-class Heartbeat:
+class ObjectLock:
   """Of a directory on an object store: an object that is rewritten all along.
 
   Nothing can be made exclusively there. Whoever begins writes its own token
@@ -128,15 +132,15 @@ class Heartbeat:
       return
     beat = found.get('beat')
     age = time.time() - beat if isinstance(beat, int | float) else 0.0
-    end = time.monotonic() + min(max(_STALE - age, 0), _STALE)
-    if end > time.monotonic():
-      _logger.info(
-        '%s was in use by %s %d s ago: waits %d s to see whether it still is',
-        self._directory,
-        who(json.dumps(found)),
-        max(age, 0),
-        end - time.monotonic(),
-      )
+    wait = min(max(_STALE - age, _LISTEN * _BEAT), _STALE)
+    end = time.monotonic() + wait
+    _logger.info(
+      '%s was in use by %s %d s ago: waits %d s to see whether it still is',
+      self._directory,
+      who(json.dumps(found)),
+      max(age, 0),
+      wait,
+    )
     while (left := end - time.monotonic()) > 0:
       time.sleep(min(_BEAT / 4, left))
       if not (now := self._read()):

@@ -12,14 +12,20 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from train import data, distributed, hardware, kept_programs, statistics
+from train import (
+  data,
+  distributed,
+  hardware,
+  interrupt,
+  kept_programs,
+  statistics,
+)
 from train import step as step_lib
 from train.checkpoint import Checkpoints
 from train.config import Config, to_dict
 from train.digest import params_digest
 from train.errors import DivergedError, UserError
 from train.feed import Feed
-from train.interrupt import Interrupt
 from train.mesh import check, make_mesh
 from train.monitor import Monitor
 from train.optimizer import schedule
@@ -114,10 +120,10 @@ def _go_on(config, directory, dataset, mesh, name, stop_at, watch) -> Result:
     return Result(
       'done', end['step'], float(end['validation_loss']), end['params_digest']
     )
-  with Interrupt() as interrupt:
+  with interrupt.Interrupt() as signals:
     parts = config, directory, dataset, mesh, name, stop_at
-    result = _Run(*parts, watch or WatchOptions(), interrupt)()
-    return dataclasses.replace(result, signal=interrupt.received or '')
+    result = _Run(*parts, watch or WatchOptions(), signals)()
+    return dataclasses.replace(result, signal=signals.received or '')
 
 
 def _open(path: epath.Path, config: Config, dataset: data.Dataset) -> RunDir:
@@ -139,11 +145,11 @@ class _Run:
   """The parts of a run that is under way."""
 
   def __init__(
-    self, config, directory, dataset, mesh, name, stop_at, watch, interrupt
+    self, config, directory, dataset, mesh, name, stop_at, watch, signals
   ):
     self.config = config
     self.directory = directory
-    self.interrupt = interrupt
+    self.signals = signals
     self.watch = watch
     self.last = min(config.steps, stop_at or config.steps)
     # All at once: asked step by step, it would queue behind the step under way.
@@ -168,7 +174,9 @@ class _Run:
       'versions': versions(),
       'data': {'seed': config.seed, 'source_hash': dataset.source_hash},
     }
-    self.checkpoints = Checkpoints(directory.checkpoints, config.keep, facts)
+    self.checkpoints = Checkpoints(
+      directory.checkpoints, config.keep, facts, directory.confirm
+    )
     refused = self._start()
     self.monitor = Monitor(
       name, config, self.step, shown=distributed.is_main(),
@@ -196,10 +204,16 @@ class _Run:
       if status == 'done':
         return self._finish()
       self.directory.log({'event': 'stopped', 'step': self.step})
-      self.tell('stopped', self.step, status=self.interrupt.received or status)
+      self.tell('stopped', self.step, status=self.signals.received or status)
       return Result(status, self.step)
     except KeyboardInterrupt:  # The second one.
       wait = False
+      interrupt.skip_exit()
+      self.tell('stopped', self.step, status='at once')
+      raise
+    except UserError as error:
+      self.saver.close()
+      self.tell('failed', self.step, error=str(error), status=error.status)
       raise
     finally:
       self.profiler.close()
@@ -217,6 +231,13 @@ class _Run:
     with distributed.together():
       restored = self.checkpoints.restore(self.programs.state)
     if restored is None:
+      with distributed.together():
+        if (saved := self.directory.saved()) is not None:
+          raise UserError(
+            f'{self.directory.path} was saved at step {saved}, but no whole '
+            'checkpoint is there any more: bring one back, or name another '
+            '--run-dir'
+          )
       self.step, self.state = 0, self.programs.init()
       return []
     self.step, self.state = restored.step, restored.state
@@ -254,7 +275,7 @@ class _Run:
     evaluated = None  # The last step that was, and its loss.
     pending: _Pending | None = None
     self.monitor.status('compiling')
-    while self.step < self.last and not self.interrupt.stop():
+    while self.step < self.last and not self.signals.stop():
       self.profiler.step(self.step + 1)
       batch, seconds = self._next_batch(pending)
       norms = self._measure(batch)
@@ -279,12 +300,13 @@ class _Run:
     self._log(pending)
     if self.step == self.config.steps:
       return 'done'
-    hurry = self.interrupt.received is not None
+    hurry = self.signals.received is not None
     self.monitor.status('saving')
-    known = evaluated is not None and evaluated[0] == self.step
-    loss = evaluated[1] if known else None
+    loss = None
+    if evaluated and evaluated[0] == self.step:
+      loss = evaluated[1]
     self.saver.finish(self.step, self.state, loss, hurry=hurry)
-    return 'interrupted' if self.interrupt.received else 'stopped'
+    return 'interrupted' if self.signals.received else 'stopped'
 
   def _next_batch(
     self, pending: '_Pending | None'

@@ -3,13 +3,13 @@
 Orbax does not notice a bit that flips inside an array's data.
 """
 
-import concurrent.futures
 import datetime
 import errno
 import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,9 +23,16 @@ VERSION = 1
 _BLOCK = 2**22  # Bytes.
 _THREADS = 8  # hashlib works without Python's lock.
 
+_SECONDS, _RATE = 600, 20e6  # A slow disk's bytes a second.
+
 
 class DamagedError(Exception):
   """A checkpoint is not what was saved; the text says why, in a few words."""
+
+
+def seconds(size: int) -> float:
+  """How long processes that write or read so many bytes are waited for."""
+  return _SECONDS + size / _RATE
 
 
 def list_files(directory: epath.Path) -> list[str]:
@@ -49,10 +56,28 @@ def digests(
   Raises:
     OSError: one cannot be read.
   """
-  names = list(names)
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = pool.map(lambda name: _digest(directory / name, flush), names)
-    return dict(zip(names, found, strict=True))
+  waiting = iter(list(names))  # Of a list: threads may share it.
+  found: dict[str, dict[str, Any]] = {}
+  errors: list[Exception] = []
+
+  def work() -> None:
+    try:
+      for name in waiting:
+        found[name] = _digest(directory / name, flush)
+    except Exception as error:
+      errors.append(error)
+
+  # Those of a pool would keep a program from ending.
+  threads = [
+    threading.Thread(target=work, daemon=True) for _ in range(_THREADS)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  if errors:
+    raise errors[0]
+  return found
 
 
 def write(
@@ -105,17 +130,19 @@ def read(directory: epath.Path, step: int) -> dict[str, Any]:
     OSError: it cannot be read.
   """
   try:
-    content = json.loads((directory / NAME).read_bytes())
+    text = (directory / NAME).read_bytes()
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise DamagedError(f'no {NAME}: its save was cut off') from error
+  try:
+    content = json.loads(text)
     if content['version'] != VERSION:
       raise DamagedError(f'{NAME} is of version {content["version"]}')
     if content['step'] != step:
       raise DamagedError(f'{NAME} is of step {content["step"]}')
     for entry in content['files'].values():
-      if not {'bytes', 'sha256'} <= entry.keys():
+      if not isinstance(entry['bytes'], int) or 'sha256' not in entry:
         raise KeyError('files')
     return content
-  except FileNotFoundError as error:
-    raise DamagedError(f'no {NAME}: its save was cut off') from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise DamagedError(f'{NAME} is damaged') from error
 
@@ -133,7 +160,7 @@ def check(directory: epath.Path, files: Mapping[str, Any]) -> None:
   """
   try:
     found = digests(directory, files)
-  except FileNotFoundError as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
     missing = [name for name in files if not (directory / name).exists()]
     raise DamagedError(f'{(missing or ["a file"])[0]} is missing') from error
   for name, entry in files.items():

@@ -13,6 +13,9 @@ from train import charts
 _CLOSEST = 1 / 300
 """Of the axis: marks nearer to the first of a group join it."""
 
+CROSSES = 1 / 120
+"""Likewise, of the crosses over a chart."""
+
 _MANY = 10  # Rules in a chart that would drown its curves if they were strong.
 _ROW, _GAP = 10, 10  # Pixels of a run's row in a lane, and between lanes.
 
@@ -32,6 +35,8 @@ class Mark:
   """Its tooltip."""
   until: float | None = None
   """Where a stretch ends."""
+  count: int = 1
+  """How many it stands for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +65,10 @@ def grouped(
     if len(group) == 1
     else Mark(
       group[0].at,
-      f'{len(group):,}: from {group[0].title} to {group[-1].title}',
+      f'{len(group):,} drawn as one: from {group[0].title} to '
+      f'{group[-1].title}',
       group[-1].at,
+      len(group),
     )
     for group in groups
   ]
@@ -89,7 +96,8 @@ def lanes(x: charts.Axis, strips: Sequence[Lane]) -> str:
       parts += [draw(x, y, i, mark, strip.sign) for mark in row]
     top += height
   label = ', '.join(
-    f'{sum(map(len, strip.rows)):,} {strip.name}' for strip in strips
+    f'{sum(mark.count for row in strip.rows for mark in row):,} {strip.name}'
+    for strip in strips
   )
   return (
     f'<div class="lanes"><svg role="img" aria-label="Marks: {label}." '
@@ -114,7 +122,7 @@ def crosses(x: charts.Axis, run: int, marks: Iterable[Mark]) -> str:
     f'<use class="skip {charts.colour(run)}" href="#skip" y="100%" '
     f'x="{charts.percent(x.place(mark.at))}" '
     f'transform="translate(0 {-8 - 10 * run})">{_title(mark)}</use>'
-    for mark in grouped(x, marks, 1 / 120)
+    for mark in grouped(x, marks, CROSSES)
   )
 
 

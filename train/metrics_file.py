@@ -75,6 +75,7 @@ class MetricsFile:
       raise UserError(self.behind)
     with storage.one_line_errors(self._path), self._path.open('ab') as file:
       os.fsync(file.fileno())
+      storage.sync_directory(self._path.parent)
 
   def lines(self) -> list[dict[str, Any]]:
     """Every whole line."""
@@ -115,6 +116,8 @@ class MetricsFile:
       with self._path.open('ab', buffering=0) as file:
         self._size = min(self._size, file.tell())
         try:
+          if file.tell() > self._size:  # A failed attempt has left something.
+            file.truncate(self._size)
           rest = self._waiting
           while rest:
             rest = rest[file.write(rest) :]

@@ -10,7 +10,7 @@ from etils import epath
 
 from train import storage
 from train.errors import UserError
-from train.lock import Heartbeat
+from train.lock import ObjectLock
 from train.metrics_file import MetricsFile
 
 _EVERY = 30.0  # Seconds between uploads, and one more for each megabyte.
@@ -34,7 +34,7 @@ class Mirror:
   """
 
   def __init__(
-    self, remote: epath.Path, files: tuple[str, ...], lock: Heartbeat
+    self, remote: epath.Path, files: tuple[str, ...], lock: ObjectLock
   ):
     self._remote = remote
     self._lock = lock

@@ -122,7 +122,7 @@ class Monitor:
       self._view.alert = ''
     elif kind == 'save_failed':
       self._view.alert = f'step {step} was not saved: {event["error"]}'
-      self.say(f'{self._view.alert}; training goes on')
+      self.say(self._view.alert)
     elif kind == 'fell_back':
       self.say(
         f'the checkpoint of step {event["refused"]} is not used: '
@@ -183,7 +183,7 @@ class Monitor:
     now, view = time.monotonic(), self._view
     saved = self._saved and (self._saved[0], now - self._saved[1])
     return dataclasses.replace(
-      view, gone=now - self._start, left=self._left(now), saved=saved
+      view, elapsed=now - self._start, left=self._left(now), saved=saved
     )
 
   def _left(self, now: float) -> float | None:

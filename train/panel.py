@@ -42,7 +42,7 @@ class View:
   """Of the time, what the devices waited for data."""
   memory_limit: int | None = None
   """Bytes."""
-  gone: float = 0.0
+  elapsed: float = 0.0
   """Seconds since this process began."""
   left: float | None = None
   """Seconds until the end, as it seems."""
@@ -81,6 +81,8 @@ def draw(view: View, width: int, height: int, unicode: bool) -> rich.text.Text:
     curve = []
   rows = [_title(view, width), _bar(view, width, unicode)]
   room = height - 5  # For an alert and a status after a gap, and the cursor.
+  # A low terminal shows what comes first: the loss.
+  table = table[: max(0, room - len(rows) - 1)]
   for block in (table, curve):
     if block and len(rows) + 1 + len(block) <= room:
       rows += [rich.text.Text(), *block]
@@ -108,7 +110,7 @@ def _bar(view: View, width: int, unicode: bool) -> rich.text.Text:
   share = view.step / view.steps
   text = f'  {int(100 * share):>3}%'
   if width >= _NARROW:
-    text += f'  {clock(view.gone):>7} gone'
+    text += f'  {clock(view.elapsed):>7} elapsed'
   text += '' if view.left is None else f'  {clock(view.left):>7} left'
   full, rest = ('━', '━') if unicode else ('#', '.')
   length = max(1, width - len(text) - 2)
@@ -124,6 +126,10 @@ def _cells(view: View) -> list[list[tuple[str, str]]]:
   def show(value, form='{:.3g}'):
     return '-' if value is None else form.format(value)
 
+  def norm(key):
+    # Always four digits, so that nothing flickers as they change.
+    return show(line.get(key), '{:#.4g}').removesuffix('.')
+
   line = view.line
   step, held_out = view.validation or (0, None)
   at = f'  step {step:,}' if view.validation else ''
@@ -131,9 +137,9 @@ def _cells(view: View) -> list[list[tuple[str, str]]]:
     ('loss', show(line.get('loss'), '{:.4f}')),
     ('held-out loss', show(held_out, '{:.4f}') + at),
     ('learning rate', show(line.get('learning_rate'), '{:.3e}')),
-    ('gradient norm', show(line.get('grad_norm'), '{:.4g}')),
-    ('  after clip', show(line.get('clipped_norm'), '{:.4g}')),
-    ('  after power', show(line.get('powered_norm'), '{:.4g}')),
+    ('gradient norm', norm('grad_norm')),
+    ('  after clip', norm('clipped_norm')),
+    ('  after power', norm('powered_norm')),
   ]
   used = show(line.get('memory'), '{}')
   if 'memory' in line:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,10 +95,7 @@ def _page(
 <h1>{title}</h1>
 {_summary(runs, base)}
 {callout}
-<h2>Curves</h2>
-<div class="figures">
-{figures.draw(runs, base)}
-</div>
+{_section('Curves', figures.draw(runs, base))}
 {_section('Time and events', figures.over_time(runs), event_table.draw(runs))}
 {_section('Layers', layer_figures.draw(runs))}
 <h2>Configuration</h2>
@@ -117,10 +115,12 @@ def _section(head: str, drawn: str, table: str = '') -> str:
 def _remarks(run: RunLog) -> list[str]:
   """What a reader must know of a run that did not go smoothly."""
   out = []
-  if run.end == 'died':
+  if run.end == 'failed':
+    out.append(f'{run.name}: failed {_where(run)}: {run.error or "?"}')
+  if run.end == 'open':
     remark = (
-      f'{run.name}: no end on record, so it died or is still running; its '
-      f'last line is step {run.last_step:,}'
+      f'{run.name}: no end on record: it is running, or it died; its last line '
+      f'is step {run.last_step:,}'
     )
     if found := lives(run):
       at, _ = found[-1].last
@@ -143,6 +143,14 @@ def _remarks(run: RunLog) -> list[str]:
     lines_ = 'line was' if run.unreadable == 1 else 'lines were'
     out.append(f'{run.name}: {run.unreadable:,} unreadable {lines_} left out.')
   return out
+
+
+def _where(run: RunLog) -> str:
+  """How far it came, and of how many steps where some are left."""
+  steps, step = run.config.get('steps'), f'at step {run.last_step:,}'
+  if isinstance(steps, int) and run.end != 'done' and steps > run.last_step:
+    return f'{step} of {steps:,}'
+  return step
 
 
 def _at(x: str, at: float) -> str:
@@ -168,8 +176,10 @@ def _cells(run: RunLog, base: RunLog, x: str, several: bool) -> list[str]:
   cells.append(_DASH if run.tokens is None else f'{run.tokens:,.0f}')
   speeds = [v for _, v in run.series('tokens_per_second') if math.isfinite(v)]
   cells.append(f'{statistics.median(speeds):,.0f}' if speeds else _DASH)
-  status = f'{run.end} at step {run.last_step:,}'
-  status += ''.join(f' <small>{fact}</small>' for fact in _fate(run))
+  status = _where(run) if run.end == 'open' else f'{run.end} {_where(run)}'
+  status += ''.join(
+    f' <small>{html.escape(fact)}</small>' for fact in _fate(run)
+  )
   digest = html.escape(run.params_digest)
   short = html.escape(run.params_digest.rpartition(':')[2][:10])
   code = f'<code title="{digest}">{short}</code>' if digest else _DASH
@@ -179,6 +189,10 @@ def _cells(run: RunLog, base: RunLog, x: str, several: bool) -> list[str]:
 def _fate(run: RunLog) -> list[str]:
   """What a reader of the summary must know of how it got there."""
   out = []
+  if run.end == 'open':
+    out.append('no end on record: running, or died')
+  if run.error:
+    out.append(textwrap.shorten(run.error, 120, placeholder=' ...'))
   if len(run.resumed) > 4:
     out.append(
       f'resumed {len(run.resumed):,} times, last at {run.resumed[-1]:,}'
@@ -193,14 +207,19 @@ def _fate(run: RunLog) -> list[str]:
   living, whole = map(duration, alive(run))
   if whole != duration(0):
     out.append(
-      f'in {whole}' if living == whole else f'alive {living} of {whole}'
+      f'in {whole}'
+      if living == whole
+      else f'running for {living} of the {whole} from its start to its last '
+      'sign of life'
     )
   return out
 
 
 def _summary(runs: Sequence[RunLog], base: RunLog) -> str:
   several = len(runs) > 1
-  heads = ['Arm', 'Final validation loss', f'Difference to {base.name}']
+  which = 'Final' if all(run.end == 'done' for run in runs) else 'Last'
+  heads = ['Arm' if several else 'Run', f'{which} validation loss']
+  heads.append(f'Difference to {base.name}')
   heads += ['Training tokens', 'Tokens per second, median', 'Status']
   heads = [html.escape(head) for head in [*heads, 'Parameters digest']]
   if not several:

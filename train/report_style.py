@@ -48,7 +48,8 @@ small { color: var(--soft); font-size: 13px; }
 .summary td { white-space: nowrap; }
 /* A number is never broken; a long arm's name beside it is. */
 .summary td > span { overflow-wrap: normal; }
-.summary small { display: block; white-space: normal; }
+.summary small { display: block; white-space: normal; max-width: 26em;
+  overflow-wrap: anywhere; }
 figure { display: flex; flex-direction: column; margin: 0;
   padding: 16px 4px 4px; background: var(--card);
   border: 1px solid var(--edge); border-radius: 8px; min-width: 0; }
@@ -59,7 +60,7 @@ figcaption { color: var(--soft); font-size: 14px; line-height: 1.4; }
 figcaption h3 { color: var(--ink); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px;
   padding: 0; margin-top: 8px; margin-bottom: 0; font-size: 14px; }
-.axis-title { font-size: 12px; color: var(--soft); margin-top: auto;
+.axis-title { font-size: 12px; color: var(--soft); margin-top: 0;
   margin-bottom: 2px; padding-top: 8px; }
 figure > .lanes { margin: 12px 22px 4px 58px; }
 .lanes svg { display: block; width: 100%; overflow: visible; }
@@ -112,7 +113,7 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
   .summary td { display: flex; justify-content: space-between; gap: 16px;
     text-align: right; white-space: normal; padding: 6px 14px; }
   .summary td::before { content: attr(data-head); color: var(--soft);
-    font-size: 14px; text-align: left; }
+    font-size: 14px; text-align: left; overflow-wrap: normal; }
 }
 @media screen and (max-width: 620px) {
   .heats { grid-template-columns: minmax(0, 1fr); }
@@ -140,8 +141,8 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
   h2 { break-after: avoid; margin-top: 20px; }
   figure, aside, tr, .events { break-inside: avoid; }
   th, td { padding: 5px 8px; }
-  .plot > svg { height: 124px; }
-  .wide .plot > svg { height: 205px; }
+  .plot > svg { flex-basis: 124px; }
+  .wide .plot > svg { flex-basis: 205px; }
   .sections { columns: 3; }
   .sections table { font-size: 10.5px; }
   .sections th, .sections td { padding: 2px 6px; }

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
@@ -42,13 +42,17 @@ def kept(
 class Keeper:
   """Removes what the rules do not keep; in process 0."""
 
-  def __init__(self, directory: epath.Path, keep: KeepConfig):
+  def __init__(
+    self, directory: epath.Path, keep: KeepConfig, confirm: Callable[[], None]
+  ):
     """Looks at nothing yet.
 
     Args:
       directory: Of all checkpoints.
       keep: The rules.
+      confirm: Called before each removal; raises where it is not ours to do.
     """
+    self._confirm = confirm
     self._directory = directory
     self._keep = keep
     self._losses: dict[int, float | None] = {}  # Of complete ones.
@@ -70,11 +74,12 @@ class Keeper:
       keep = kept(self._losses, self._keep, step)
       for other, _ in step_dirs.present(self._directory):
         if other not in keep:
+          self._confirm()
           self._losses.pop(other, None)
           step_dirs.remove(self._directory, other)
     except Exception as error:
       _logger.warning(
-        'warning: %s', step_dirs.reason(error, self._directory, 'write')
+        'warning: %s', step_dirs.explain(error, self._directory, 'write')
       )
 
   def _read_losses(self) -> None:

@@ -6,6 +6,7 @@ It is the interface between tools; `docs/cli.md` describes its files.
 import json
 import math
 import pathlib
+import re
 import shutil
 import time
 from typing import Any
@@ -15,11 +16,16 @@ from etils import epath
 
 from train.config import Config, to_dict
 from train.errors import UserError
-from train.lock import FileLock, Heartbeat
+from train.lock import FileLock, ObjectLock
 from train.metrics_file import MetricsFile, parse
 from train.mirror import Mirror, fetch
 from train.run_facts import check_same, versions
-from train.storage import is_local, one_line_errors, write_atomically
+from train.storage import (
+  is_local,
+  make_directory,
+  one_line_errors,
+  write_atomically,
+)
 
 _METRICS = 'metrics.jsonl'
 _LINES = _METRICS, 'events.jsonl'
@@ -29,6 +35,12 @@ _BORN: tuple[set[str], ...] = (
   set(),
   {'run.json'},
   {'run.json', 'tokenizer.json'},
+)
+
+# What a process killed in `write_atomically` leaves of a run's own files.
+_LEFTOVER = re.compile(
+  r'(config\.json|run\.json|tokenizer\.json|metrics\.jsonl|events\.jsonl)'
+  r'\.\d+\.tmp'
 )
 
 
@@ -60,7 +72,7 @@ class RunDir:
     self.path = epath.Path(path)
     self.moved: dict[str, Any] = {}
     """What has changed of where the run is done since it began: 'devices',
-    'mesh', 'accumulate'."""
+    'mesh', 'accumulate', and 'versions' with 'A -> B' by package."""
     self.local = pathlib.Path(self.path)
     """Where this process can write as on a local disk.
 
@@ -81,11 +93,12 @@ class RunDir:
       self._lock = _lock(self.path)
       try:
         self._open(wanted, source_hash, tokenizer)
-        if isinstance(self._lock, Heartbeat):
+        if isinstance(self._lock, ObjectLock):
           self._mirror = Mirror(self.path, _LINES, self._lock)
           self.local = self._mirror.local
           files = self._mirror.files
         else:
+          _remove_leftovers(self.local)
           files = {name: MetricsFile(self.local / name) for name in _LINES}
         self._metrics, self._events = files.values()
       except BaseException:
@@ -127,6 +140,19 @@ class RunDir:
       self._events.append(_stamped({'event': kind, 'step': step, **facts}))
       self.upload()
 
+  def confirm(self) -> None:
+    """Makes sure that the directory is still this run's; from any thread.
+
+    An object store is asked; on a disk it cannot be lost.
+
+    Raises:
+      UserError: another run has taken the directory, or the store cannot be
+        asked.
+    """
+    if self._writes:
+      with one_line_errors(self.path, 'read'):
+        self._lock.confirm()
+
   def sync(self) -> None:
     """Makes all that was added durable: a checkpoint is about to rely on it.
 
@@ -142,8 +168,13 @@ class RunDir:
       self._metrics.sync()
       self._events.sync()
 
-  def rewind(self, step: int) -> None:
+  def rewind(self, step: int, *, again: bool = False) -> None:
     """Drops what was logged after a step: it is about to be done again.
+
+    Args:
+      step: The last that stays.
+      again: Whether it is evaluated once more: the validation lines of exactly
+        this step go too.
 
     Raises:
       UserError: the disk cannot be written.
@@ -151,7 +182,13 @@ class RunDir:
     if not self._writes:
       return
     lines = self._metrics.lines()
-    kept = [line for line in lines if line['step'] <= step and not _ends(line)]
+    kept = [
+      line
+      for line in lines
+      if line['step'] <= step
+      and not _ends(line)
+      and not (again and line['step'] == step and _validates(line))
+    ]
     if kept != lines:
       self._metrics.replace(kept)
 
@@ -161,6 +198,17 @@ class RunDir:
       if line.get('event') == 'done':
         return line
     return None
+
+  def saved(self) -> int | None:
+    """The last step that this process knows to have been saved, if any was."""
+    if not self._writes:
+      return None
+    steps = [
+      line['step']
+      for line in self._events.lines()
+      if line.get('event') == 'saved'
+    ]
+    return steps[-1] if steps else None
 
   def lines(self) -> list[dict[str, Any]]:
     """Every whole line of metrics.jsonl; a run that died may cut one off."""
@@ -230,7 +278,7 @@ def _check_shared(path: epath.Path) -> None:
 def _check_not_foreign(path: epath.Path) -> None:
   """Also makes the directory, where there are such things."""
   if is_local(path):
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(pathlib.Path(path))
   elif not path.exists():
     return
   names = {entry.name for entry in path.iterdir() if entry.suffix != '.tmp'}
@@ -241,8 +289,14 @@ def _check_not_foreign(path: epath.Path) -> None:
     )
 
 
-def _lock(path: epath.Path) -> FileLock | Heartbeat:
-  return FileLock(pathlib.Path(path)) if is_local(path) else Heartbeat(path)
+def _lock(path: epath.Path) -> FileLock | ObjectLock:
+  return FileLock(pathlib.Path(path)) if is_local(path) else ObjectLock(path)
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+  for entry in path.iterdir():
+    if _LEFTOVER.fullmatch(entry.name):
+      entry.unlink()
 
 
 def _stamped(line: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +306,10 @@ def _stamped(line: dict[str, Any]) -> dict[str, Any]:
 
 def _ends(line: dict[str, Any]) -> bool:
   return line.get('event') in ('done', 'stopped')
+
+
+def _validates(line: dict[str, Any]) -> bool:
+  return line.get('split') == 'validation'
 
 
 def plain(value: Any) -> Any:

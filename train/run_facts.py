@@ -44,7 +44,8 @@ def check_same(
     devices: Their number and kind.
 
   Returns:
-    What is laid out in another way here: 'devices', 'mesh', 'accumulate'.
+    What is otherwise here: 'devices', 'mesh', 'accumulate', and 'versions',
+    with 'A -> B' by package.
 
   Raises:
     UserError: it is another run, or a damaged one.
@@ -71,7 +72,21 @@ def check_same(
     )
   before = {'devices': facts.get('devices'), **layout}
   now = {'devices': devices, **{key: wanted[key] for key in _LAYOUT}}
-  return {key: now[key] for key in now if now[key] != before[key]}
+  moved = {key: now[key] for key in now if now[key] != before[key]}
+  if updated := _updated(facts.get('versions')):
+    moved['versions'] = updated
+  return moved
+
+
+def _updated(before: Any) -> dict[str, str]:
+  """Packages whose version is another than it was."""
+  if not isinstance(before, dict):
+    return {}
+  return {
+    name: f'{before[name]} -> {now}'
+    for name, now in versions().items()
+    if before.get(name, now) != now
+  }
 
 
 def _differences(found: Any, wanted: Any, prefix: str = '--') -> list[str]:

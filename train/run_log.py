@@ -21,6 +21,7 @@ _NUMBERS = (
 )  # fmt: skip
 # Lists of a number for each sparse layer, of which that of the one worst off.
 _LISTS = {'expert_load_max': max, 'router_entropy': min}
+_TURNS = ('began', 'resumed', 'stopped', 'failed', 'done')
 _FINITE = ('tokens', 'time')  # What other things are drawn against.
 _STEPS = 10**15  # What would not fit in here is no step ...
 _SECONDS = 253402300799.0  # ... no time (unix seconds) ...
@@ -36,7 +37,7 @@ class Event:
   """Something that happened to a run; `RunDir.event` writes them."""
 
   kind: str
-  """'began', 'resumed', 'saved', 'skipped', 'stopped', 'done' ..."""
+  """'began', 'resumed', 'saved', 'skipped', 'stopped', 'failed', 'done' ..."""
   step: int
   time: float | None
   """Unix seconds; None where an older run does not say."""
@@ -61,8 +62,11 @@ class RunLog:
     default_factory=dict
   )
   """Step to path of a parameter to norms ('grad_norm' ...), by step."""
-  end: str = 'died'
-  """'done', 'stopped' (asked to, and said so), or 'died' (no end on record)."""
+  end: str = 'open'
+  """'done', 'stopped' (asked to), 'failed' (with an error), or 'open': no end
+  is on record, so the run is going on, or died."""
+  error: str = ''
+  """Why it failed, in one line."""
   params_digest: str = ''
   resumed: list[int] = dataclasses.field(default_factory=list)
   """Steps that the run was taken up from."""
@@ -188,9 +192,15 @@ def _add_history(run: RunLog, path: epath.Path) -> None:
       events.append(_event(json.loads(line)))
     except _NOT_OURS:
       run.unreadable += 1
-  if events:
-    run.events = events
-    run.resumed = [event.step for event in events if event.kind == 'resumed']
+  if not events:
+    return
+  run.events = events
+  run.resumed = [event.step for event in events if event.kind == 'resumed']
+  turns = [event for event in events if event.kind in _TURNS]
+  # How a run failed, or stopped in a hurry, is told here alone.
+  if turns and turns[-1].kind in ('failed', 'stopped'):
+    run.end = turns[-1].kind
+    run.error = str(turns[-1].facts.get('error', ''))
 
 
 def _event(line: dict[str, Any]) -> Event:
@@ -229,7 +239,7 @@ def _add(run: RunLog, line: Any) -> None:
       for later in [s for s in lines if s > step]:
         del lines[later]
     run.resumed.append(step)
-    run.end = 'died'
+    run.end = 'open'
   elif event == 'stopped':
     run.end = 'stopped'
   elif event == 'done':

@@ -1,5 +1,6 @@
 """One save, from the copy of the arrays to the manifest."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -9,7 +10,14 @@ from typing import Any
 from etils import epath
 
 from train import manifest, state_files, step_dirs
-from train.agreement import Agreement, SharedError, in_main, share
+from train.agreement import (
+  Agreement,
+  LostError,
+  SharedError,
+  in_main,
+  my_part,
+)
+from train.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,8 @@ class SaveJob:
     step: int,
     validation_loss: float | None,
     facts: Mapping[str, Any],
+    confirm: Callable[[], None],
+    size: int,
   ):
     """Prepares it; `start` follows.
 
@@ -43,54 +53,99 @@ class SaveJob:
       step: How many were taken.
       validation_loss: See `manifest.write`; so the next.
       facts: Of the run.
+      confirm: Called in process 0 before the manifest is written and before
+        anything is removed; raises where that is not ours to do.
+      size: Bytes of the arrays, the more the longer the processes wait for one
+        another.
     """
     self._directory = directory
     self._step = step
     self._loss = validation_loss
     self._facts = facts
+    self._confirm = confirm
     self._begun = time.monotonic()
     self._thread: threading.Thread | None = None
+    self._lost: LostError | None = None
+    self._limit = manifest.seconds(size)
     self._talk = Agreement(
-      lambda error: step_dirs.reason(error, directory, 'write')
+      lambda error: step_dirs.explain(error, directory, 'write'), self._limit
     )
 
   def start(self, state: Any, ended: Callable[[Outcome], None]) -> None:
-    """Returns when the arrays are copied and may be donated; never raises.
+    """Returns when the arrays are copied and may be donated.
 
     Args:
       state: The arrays.
       ended: Called once, by a thread of the save's.
+
+    Raises:
+      LostError: see `Agreement.meet`; what else fails is told by the outcome.
     """
+
+    def prepare():
+      self._confirm()
+      step_dirs.prepare(self._directory, self._step)
+
     try:
-      self._talk.meet(
-        'beginning',
-        lambda: in_main(step_dirs.prepare, self._directory, self._step),
-      )
+      self._talk.meet('beginning', lambda: in_main(prepare))
     except SharedError as error:
       ended(self._failed(error))
       return
-    writer = state_files.Writer(self._talk)
+    writer = state_files.Writer(self._talk, self._limit)
     writer.start(self._directory / str(self._step), state)
+    # A program that is to end at once does not wait for it.
     self._thread = threading.Thread(
-      target=lambda: ended(self._finish(writer)), name=f'save {self._step}'
+      target=self._work,
+      args=(writer, ended),
+      name=f'save {self._step}',
+      daemon=True,
     )
     self._thread.start()
 
   def wait(self) -> None:
-    """Waits for its end."""
+    """Waits for its end.
+
+    Raises:
+      LostError: as `check`.
+    """
     if self._thread is not None:
       self._thread.join()
+    self.check()
+
+  def check(self) -> None:
+    """Looks whether it has ended without an outcome.
+
+    Raises:
+      LostError: see `Agreement.meet`.
+    """
+    if self._lost is not None:
+      raise self._lost
 
   def forget(self) -> None:
     """Frees what is kept of it, once the next one has been started."""
     self._talk.forget()
 
+  def _work(
+    self, writer: state_files.Writer, ended: Callable[[Outcome], None]
+  ) -> None:
+    try:
+      ended(self._finish(writer))
+    except LostError as error:
+      self._lost = error
+
   def _finish(self, writer: state_files.Writer) -> Outcome:
     try:
       return Outcome(self._step, *self._seal(writer))
+    except LostError:
+      raise
     except Exception as error:
-      in_main(step_dirs.discard, self._directory, self._step)
+      in_main(self._discard)
       return self._failed(error)
+
+  def _discard(self) -> None:
+    with contextlib.suppress(UserError):
+      self._confirm()
+      step_dirs.discard(self._directory, self._step)
 
   def _seal(self, writer: state_files.Writer) -> tuple[float, int]:
     """Waits for Orbax, writes the manifest; returns the seconds and bytes."""
@@ -99,11 +154,12 @@ class SaveJob:
     names = meet('listing', lambda: in_main(manifest.list_files, directory))[0]
     parts = meet(
       'computing digests',
-      lambda: manifest.digests(directory, share(names), flush=True),
+      lambda: manifest.digests(directory, my_part(names), flush=True),
     )
 
     def write():
       files = {name: entry for part in parts for name, entry in part.items()}
+      self._confirm()
       manifest.write(directory, self._step, files, self._loss, self._facts)
       return self._seconds(), sum(entry['bytes'] for entry in files.values())
 
@@ -111,7 +167,7 @@ class SaveJob:
     return seconds, size
 
   def _failed(self, error: Exception) -> Outcome:
-    line = step_dirs.reason(error, self._directory, 'write')
+    line = step_dirs.explain(error, self._directory, 'write')
     return Outcome(self._step, self._seconds(), 0, line)
 
   def _seconds(self) -> float:

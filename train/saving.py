@@ -16,7 +16,7 @@ from train.run_dir import RunDir
 
 _FIRST_PAUSE = 2.0  # Seconds before another try; twice as long each time,
 _DOUBLINGS = 7  # so often: 4 minutes.
-_LAST_TRIES = 3  # Of a state that is not to change any more.
+_LAST_TRIES = 5  # Of a state that is not to change any more.
 
 
 class Saver:
@@ -57,12 +57,13 @@ class Saver:
     """Whether to save after this step; to be asked once after each."""
     if distributed.is_main():
       self._report(self._checkpoints.finished())  # Said at once.
-    if self._open and step % self._agree_every == 0:
+    regular = step % self._every == 0
+    if self._open and (regular or step % self._agree_every == 0):
       verdict = distributed.share(self._verdict())
       self._open = verdict != 'complete'
-      if verdict == 'again':
-        return True
-    return step % self._every == 0
+      if verdict in ('failed', 'again'):
+        return verdict == 'again'
+    return regular
 
   def save(
     self, step: int, state: Any, validation_loss: float | None = None
@@ -105,7 +106,7 @@ class Saver:
       if not self._error:
         return
       if i + 1 < tries:
-        time.sleep(_FIRST_PAUSE)
+        time.sleep(_FIRST_PAUSE * 2**i)
     with distributed.together():
       raise UserError(
         f'{self._error}: step {step} is not saved. Mend that and give the same '

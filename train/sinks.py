@@ -175,7 +175,7 @@ class WandB:
     config: dict[str, Any],
   ):
     wandb = _import('wandb', 'wandb')
-    # A run that goes on from an object store finds none and begins another.
+    # There too where a run goes on from an object store: the mirror fetches it.
     known = local / 'wandb-id'
     try:
       local.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -10,69 +11,78 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from train import agreement
-from train.agreement import Agreement, SharedError
+from train import distributed
+from train.agreement import Agreement, LostError, SharedError
 
 MISFITS = (ValueError, KeyError, TypeError, OSError)
 """What `read` raises where the files are not those of such a state."""
-
-_SECONDS = 1200  # That one process may take to write its part.
 
 
 class Writer:
   """Saves one state; all processes at once."""
 
-  def __init__(self, talk: Agreement):
+  def __init__(self, talk: Agreement, limit: float):
     """With an Orbax of its own: nothing of a save that failed stays behind.
 
     Args:
       talk: Where the processes meet in the background.
+      limit: Seconds that one of them may take to write its part, as `talk`'s.
     """
     quiet()
     self._talk = talk
     self._failure: Exception | None = None
-    several = agreement.count() > 1
+    processes = distributed.process_count()
     # With processes named, Orbax waits in the coordination service, which has
-    # time limits (5 minutes), and not in collectives.
+    # time limits, and not in collectives.
     self._orbax = ocp.AsyncCheckpointer(
       _handler(),
       async_options=ocp.options.AsyncOptions(
-        timeout_secs=_SECONDS,
+        timeout_secs=int(limit),
         # In a thread it may come after the removal of a save that failed.
         create_directories_asynchronously=False,
         barrier_sync_fn=lambda key, timeout_ms: _meet(talk, key),
       ),
       multiprocessing_options=ocp.options.MultiprocessingOptions(
-        active_processes=set(range(agreement.count())) if several else None,
+        active_processes=set(range(processes)) if processes > 1 else None,
         barrier_sync_key_prefix=talk.name.replace('/', '-'),
       ),
     )
 
   def start(self, directory: epath.Path, state: Any) -> None:
     """Returns when the arrays are copied and may be donated; never raises."""
-    try:
-      self._orbax.save(
-        directory, args=ocp.args.PyTreeSave(_without_empty(state))
-      )
-    except Exception as error:
-      self._failure = error
+    # Threads that a daemon begins, Orbax's here, are daemons: a program that
+    # is to end at once does not wait for them.
+    thread = threading.Thread(
+      target=self._start, args=(directory, state), daemon=True
+    )
+    thread.start()
+    thread.join()
 
   def finish(self) -> None:
     """Waits until the directory is there.
 
     Raises:
       SharedError: it could not be written, in all processes.
+      LostError: see `Agreement.meet`.
     """
     try:
       if self._failure is not None:
         raise self._failure
       self._orbax.wait_until_finished()
-    except SharedError:  # Told by another, where Orbax waited for it.
-      raise
+    except (SharedError, LostError):
+      raise  # Told by another, where Orbax waited for it.
     except Exception as error:
       self._talk.fail('writing', error)
     finally:
       self._orbax.close()
+
+  def _start(self, directory: epath.Path, state: Any) -> None:
+    try:
+      self._orbax.save(
+        directory, args=ocp.args.PyTreeSave(_without_empty(state))
+      )
+    except Exception as error:
+      self._failure = error
 
 
 def read(directory: epath.Path, abstract_state: Any) -> Any:

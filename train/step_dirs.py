@@ -9,6 +9,7 @@ from etils import epath
 
 from train import manifest, storage
 from train.agreement import SharedError
+from train.errors import UserError
 
 TEMPORARY = '.orbax-checkpoint-tmp'
 """Ends a directory's name on a disk until Orbax has committed it."""
@@ -79,19 +80,17 @@ def discard(directory: epath.Path, step: int) -> None:
     clear(directory)
 
 
-def reason(error: Exception, directory: epath.Path, verb: str) -> str:
-  """One line on a failure to 'read' or 'write'.
+def explain(error: Exception, directory: epath.Path, verb: str) -> str:
+  """As `storage.reason`, also of our own errors and of TensorStore's.
 
-  A full disk is told by its text too: TensorStore reports it as a ValueError.
+  Those are a ValueError, even where a disk is full.
   """
-  if isinstance(error, (SharedError, manifest.DamagedError)):
+  if isinstance(error, (SharedError, manifest.DamagedError, UserError)):
     return str(error)
-  number = getattr(error, 'errno', None)
-  if number in storage.FULL or os.strerror(errno.ENOSPC) in str(error):
-    return f'no space left to write {directory}'
-  if number is not None:
-    return f'cannot {verb} {directory}: {os.strerror(number)}'
-  return f'cannot {verb} {directory}: {first(error) or type(error).__name__}'
+  if isinstance(error, ValueError):
+    full = os.strerror(errno.ENOSPC) in str(error)
+    error = OSError(errno.ENOSPC, '') if full else ValueError(first(error))
+  return storage.reason(error, directory, verb)
 
 
 def first(error: Exception) -> str:

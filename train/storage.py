@@ -7,6 +7,7 @@ nothing is appended to, renamed, or made only where it was not there before.
 import errno
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 import pathlib
@@ -17,6 +18,11 @@ from etils import epath
 from train.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# Of a file system on which directories cannot be made durable, or by us.
+_REFUSALS = (
+  errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 
 # A bug keeps its traceback.
 _NOT_OURS = (UserError, TypeError, AttributeError, NameError, AssertionError)
@@ -70,6 +76,29 @@ def write_atomically(path: Any, text: str) -> None:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+  sync_directory(path.parent)
+
+
+def make_directory(path: pathlib.Path) -> None:
+  """Makes a directory on a disk, and those above it, durably."""
+  above = path, *path.parents
+  made = list(itertools.takewhile(lambda each: not each.exists(), above))
+  path.mkdir(parents=True, exist_ok=True)
+  for each in made:
+    sync_directory(each.parent)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+  """Makes a local directory's entries durable, where they can be."""
+  try:
+    entries = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+      os.fsync(entries)
+    finally:
+      os.close(entries)
+  except OSError as error:
+    if error.errno not in _REFUSALS:
+      raise
 
 
 class one_line_errors:  # noqa: N801 (a context manager reads as a verb)

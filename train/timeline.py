@@ -61,13 +61,33 @@ def on_steps(runs: Sequence[RunLog], x: charts.Axis, key: str) -> str:
   """
   out = ''
   for i, run in enumerate(runs):
-    rate = 1.0 if key == 'step' else _tokens_a_step(run)
+    rate = _rate(run, key)
     restarts = [Mark(step * rate, _from(step)) for step in run.resumed]
-    skips = [
-      Mark(event.step * rate, _skipped(event)) for event in _of(run, 'skipped')
-    ]
-    out += marks.rules(x, i, restarts) + marks.crosses(x, i, skips)
+    out += marks.rules(x, i, restarts)
+    out += marks.crosses(x, i, _skips(run, key))
   return out
+
+
+def skips(runs: Sequence[RunLog], x: charts.Axis, key: str) -> str:
+  """What the crosses of `on_steps` are, as a sentence; empty without any."""
+  marked = [_skips(run, key) for run in runs]
+  count = sum(map(len, marked))
+  if not count:
+    return ''
+  drawn = sum(len(marks.grouped(x, m, marks.CROSSES)) for m in marked)
+  some = ', some drawn as one' if drawn < count else ''
+  return f'Crosses: skipped steps ({count:,}{some}).'
+
+
+def _skips(run: RunLog, key: str) -> list[Mark]:
+  rate = _rate(run, key)
+  return [
+    Mark(event.step * rate, _skipped(event)) for event in _of(run, 'skipped')
+  ]
+
+
+def _rate(run: RunLog, key: str) -> float:
+  return 1.0 if key == 'step' else _tokens_a_step(run)
 
 
 class _Clock:
@@ -122,7 +142,7 @@ def _lanes(
     lane('saves', ['saved']),
     Lane('evals', evals),
     lane('skips', ['skipped'], 'skip'),
-    lane('fails', ['save_failed', 'fell_back'], 'skip'),
+    lane('fails', ['save_failed', 'fell_back', 'failed'], 'skip'),
   ]
 
 
@@ -137,8 +157,9 @@ def _at(event: Event) -> str:
 def _alive(time: _Clock, life: Life) -> Mark:
   start, (last, step) = life.start, life.last
   title = (
-    f'{start.kind} at step {start.step:,}, {_at(start)}; {life.end} at step '
-    f'{step:,}, {clock(last)} UTC: {duration(life.seconds)}'
+    f'{start.kind} at step {start.step:,}, {_at(start)}; '
+    f'{_ENDED.get(life.end, life.end)} at step {step:,}, {clock(last)} UTC: '
+    f'{duration(life.seconds)}'
   )
   return Mark(time(life.points[0][0]), title, time(last))
 
@@ -165,10 +186,13 @@ def _skipped(event: Event) -> str:
   return f'step {event.step:,} skipped ({event.facts.get("reason", "?")})'
 
 
+_ENDED = {'open': 'last seen'}
+
 _TITLES = {
   'saved': _saved,
   'skipped': _skipped,
   'save_failed': lambda event: f'step {event.step:,} not saved',
+  'failed': lambda event: f'failed at step {event.step:,}',
   'fell_back': lambda event: (
     f'checkpoint {event.facts.get("refused", "?")} refused'
   ),
@@ -179,7 +203,8 @@ def _sentence(run: RunLog, found: Sequence[Life]) -> str:
   if not found:
     return f'{run.name} has no times'
   spent = duration(sum(life.seconds for life in found))
-  return f'{run.name} {found[-1].end} after {spent} alive in {len(found):,}'
+  end = _ENDED.get(found[-1].end, found[-1].end)
+  return f'{run.name} {end} after {spent} alive in {len(found):,}'
 
 
 def _tokens_a_step(run: RunLog) -> float:

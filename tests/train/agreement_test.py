@@ -10,8 +10,8 @@ import threading
 import jax
 import pytest
 
-from train import agreement
-from train.agreement import Agreement, SharedError, in_main, share
+from train import agreement, distributed
+from train.agreement import Agreement, LostError, SharedError, in_main, my_part
 
 
 class Store:
@@ -45,21 +45,23 @@ class Store:
 def together(monkeypatch):
   """Runs a function in each of so many processes, given one `Agreement`."""
   store, local = Store(), threading.local()
-  monkeypatch.setattr(agreement, '_client', lambda: store)
-  monkeypatch.setattr(agreement, 'process', lambda: local.number)
+  monkeypatch.setattr(distributed, 'client', lambda: store)
+  monkeypatch.setattr(distributed, 'process_index', lambda: local.number)
 
-  def together(count, function):
-    monkeypatch.setattr(agreement, 'count', lambda: count)
+  def together(count, function, limit=agreement.LIMIT):
+    monkeypatch.setattr(distributed, 'process_count', lambda: count)
     results, names = {}, next(agreement._names)
 
     def work(number):
       local.number = number
-      talk = Agreement(lambda error: f'bad: {error}')
+      talk = Agreement(lambda error: f'bad: {error}', limit)
       talk.name = f'gradpower/agreement/{names}'
       try:
         results[number] = function(talk)
       except SharedError as error:
         results[number] = f'shared {error}'
+      except LostError as error:
+        results[number] = f'lost {error}'
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
     for thread in threads:
@@ -74,9 +76,9 @@ def together(monkeypatch):
 
 def test_process_0_hears_all_and_the_others_hear_it(together):
   def work(talk):
-    first = talk.meet('one', lambda: agreement.process() * 10)
+    first = talk.meet('one', lambda: distributed.process_index() * 10)
     second = talk.meet('two', lambda: in_main(str, 'x'))
-    return first, second[0], share('abcde')
+    return first, second[0], my_part('abcde')
 
   assert together(3, work) == [
     ([0, 10, 20], 'x', 'ad'),
@@ -92,8 +94,8 @@ def test_a_failure_of_one_is_that_of_all(together, count):
     talk.meet('one', lambda: None)
 
     def act():
-      if agreement.process() >= count - 2:
-        raise ValueError(agreement.process())
+      if distributed.process_index() >= count - 2:
+        raise ValueError(distributed.process_index())
 
     talk.meet('two', act)
 
@@ -103,7 +105,7 @@ def test_a_failure_of_one_is_that_of_all(together, count):
 
 def test_who_fails_elsewhere_meets_the_others(together):
   def work(talk):
-    if agreement.process() == 1:
+    if distributed.process_index() == 1:
       talk.fail('writing', ValueError('x'))
     talk.meet('committing', lambda: None)
 
@@ -112,12 +114,11 @@ def test_who_fails_elsewhere_meets_the_others(together):
 
 @pytest.mark.parametrize('late', [0, 1])
 def test_who_does_not_come_is_named(together, monkeypatch, late):
-  monkeypatch.setattr(agreement, 'LIMIT', 2)
   monkeypatch.setattr(agreement, 'MARGIN', 1)
   come = threading.Event()
 
   def work(talk):
-    if agreement.process() == late:
+    if distributed.process_index() == late:
       come.wait(60)
     try:
       talk.meet('writing', lambda: None)
@@ -125,12 +126,57 @@ def test_who_does_not_come_is_named(together, monkeypatch, late):
       come.set()
 
   # All fail, also the one that comes at last.
-  results = together(2, work)
-  assert (
-    results
-    == [f'shared process {late} was waited for {1 + (late == 0)} s (writing)']
-    * 2
-  )
+  words = f'process {late} was waited for {1 + (late == 0)} s (writing)'
+  first = 'shared' if late else 'lost'  # Process 0 decides, once it is there.
+  results = together(2, work, limit=2)
+  assert results[late] == f'shared {words}'
+  assert results[1 - late] == f'{first} {words}'
+
+
+@pytest.mark.parametrize('older', [True, False])
+def test_who_gives_up_as_process_0_comes_decides_as_it_does(
+  together, monkeypatch, older
+):
+  """Process 0 reads what process 1 said before it gave up, or after."""
+  given_up, get = threading.Event(), together.store.blocking_key_value_get
+  key_value_set = together.store.key_value_set
+
+  def late(key, timeout_ms):
+    if distributed.process_index() == 1 and key.endswith('/0'):
+      raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED')
+    return get(key, timeout_ms)
+
+  def setting(key, value, allow_overwrite=False):
+    if not (older and allow_overwrite):  # Too late to be seen.
+      key_value_set(key, value, allow_overwrite)
+    if allow_overwrite:
+      given_up.set()
+
+  monkeypatch.setattr(together.store, 'blocking_key_value_get', late)
+  monkeypatch.setattr(together.store, 'key_value_set', setting)
+
+  def work(talk):
+    if distributed.process_index() == 0:
+      given_up.wait(60)
+    return talk.meet('writing', lambda: None)[:1]
+
+  first, second = together(2, work, limit=60)
+  assert first == second
+  assert (first == [None]) == older
+
+
+def test_the_kind_of_a_failure_is_told(together):
+  def work(talk):
+    def act():
+      if distributed.process_index() == 1:
+        raise PermissionError('x')
+
+    try:
+      talk.meet('one', act)
+    except SharedError as error:
+      return error.kind
+
+  assert together(3, work) == ['PermissionError'] * 3
 
 
 @pytest.mark.parametrize('who', [0, 1])
@@ -140,7 +186,7 @@ def test_process_0_frees_the_store(together, who):
   def work(talk):
     talk.meet('one', lambda: 'x' * 100)
     done.wait(60)
-    if agreement.process() == who:
+    if distributed.process_index() == who:
       talk.forget()
 
   together(2, work)
@@ -154,7 +200,8 @@ import orbax.checkpoint as ocp
 number, directory = int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, number)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from train import agreement, manifest
+from etils import epath
+from train import agreement, manifest, step_dirs
 from train.checkpoint import Checkpoints
 from train.config import KeepConfig
 
@@ -181,7 +228,9 @@ def save(step):
   checkpoints.save(step, state(step))
   [outcome] = checkpoints.wait()
   meet()  # Older ones are removed by process 0.
-  print(step, outcome, checkpoints.steps(), flush=True)
+  found = step_dirs.present(epath.Path(directory))
+  steps = [step for step, complete in found if complete]
+  print(step, outcome, steps, flush=True)
 
 def full(*_, **__):
   raise OSError(28, 'x')

@@ -62,6 +62,12 @@ def save(checkpoints, *steps):
     assert (outcome.step, outcome.error) == (step, '')
 
 
+def steps(checkpoints):
+  """Those that are complete."""
+  found = step_dirs.present(checkpoints._directory)
+  return [step for step, complete in found if complete]
+
+
 def largest_file(directory):
   """Where most of the arrays is."""
   files = [path for path in directory.rglob('*') if path.is_file()]
@@ -88,7 +94,7 @@ def checkpoints(directory):
 
 
 def test_a_state_comes_back_to_the_bit(checkpoints):
-  assert checkpoints.steps() == []
+  assert steps(checkpoints) == []
   assert checkpoints.restore(abstract(state(0))) is None
   checkpoints.save(3, state(3))
   [outcome] = checkpoints.wait()
@@ -96,7 +102,7 @@ def test_a_state_comes_back_to_the_bit(checkpoints):
   assert 0 < outcome.seconds < 60
   assert outcome.bytes > 4 * 8 * 64 * 2
   assert checkpoints.wait() == checkpoints.finished() == []
-  assert checkpoints.steps() == [3]
+  assert steps(checkpoints) == [3]
   restored = checkpoints.restore(abstract(state(0)))
   assert (restored.step, restored.refused) == (3, [])
   assert_same(restored.state, state(3))
@@ -142,7 +148,7 @@ def test_a_save_does_not_wait_for_its_end(checkpoints, monkeypatch):
   monkeypatch.setattr(manifest, 'digests', slowly)
   checkpoints.save(1, state(1))
   assert checkpoints.finished() == []
-  assert checkpoints.steps() == []  # Orbax may well have committed it.
+  assert steps(checkpoints) == []  # Orbax may well have committed it.
   go_on.set()
   assert [outcome.step for outcome in checkpoints.wait()] == [1]
 
@@ -167,11 +173,11 @@ def test_the_last_and_the_best_are_kept(checkpoints, directory):
   for step, loss in losses.items():
     checkpoints.save(step, state(step), loss)
   checkpoints.wait()
-  assert checkpoints.steps() == [10, 20, 25]
+  assert steps(checkpoints) == [10, 20, 25]
   # Another start of the run finds the losses in the manifests.
   other = opened(directory)
   save(other, 30, 35)
-  assert other.steps() == [10, 30, 35]
+  assert steps(other) == [10, 30, 35]
   other.save(40, state(40), 0.5)
   other.close()
   assert {path.name for path in directory.iterdir()} == {'35', '40'}
@@ -198,7 +204,7 @@ def test_what_is_kept_is_what_the_rules_say(tmp_path_factory, saves, keep):
     expected[step] = loss
     kept = retention.kept(expected, keep, step)
     expected = {step: expected[step] for step in kept}
-    assert checkpoints.steps() == sorted(kept)
+    assert steps(checkpoints) == sorted(kept)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_a_damaged_step_is_passed_over(
   assert sorted(directory.rglob('*')) == before
   # The run comes by again, if it is at another step.
   save(checkpoints, 5)
-  assert checkpoints.steps() == [3, 5]
+  assert steps(checkpoints) == [3, 5]
   assert {path.name for path in directory.iterdir()} == {'3', '5'}
   save(checkpoints, 6)
   assert_same(checkpoints.restore(abstract(state(0))).state, state(6))
@@ -251,7 +257,7 @@ def test_a_damaged_step_is_saved_again(checkpoints, directory):
   save(checkpoints, 6)
   restored = checkpoints.restore(abstract(state(0)))
   assert (restored.step, restored.refused) == (6, [])
-  assert checkpoints.steps() == [3, 6]
+  assert steps(checkpoints) == [3, 6]
 
 
 def test_a_damaged_step_does_not_count_as_kept(checkpoints, directory):
@@ -260,7 +266,7 @@ def test_a_damaged_step_does_not_count_as_kept(checkpoints, directory):
   other = opened(directory)
   assert other.restore(abstract(state(0))).step == 3
   save(other, 9)
-  assert other.steps() == [3, 9]
+  assert steps(other) == [3, 9]
 
 
 def test_where_all_are_damaged_nothing_is_removed(checkpoints, directory):
@@ -281,6 +287,95 @@ def test_where_all_are_damaged_nothing_is_removed(checkpoints, directory):
   assert sorted(directory.rglob('*')) == before
 
 
+@pytest.mark.parametrize('name', ['read', 'check'])
+def test_what_cannot_be_checked_is_not_damaged(
+  checkpoints, directory, monkeypatch, name
+):
+  def fail(*_):
+    raise PermissionError(errno.EACCES, 'x')
+
+  save(checkpoints, 3, 6)
+  before = sorted(directory.rglob('*'))
+  other = opened(directory)
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, name, fail)
+    for restore in (
+      lambda: other.restore(abstract(state(0))),
+      lambda: restore_params(directory, wanted()),
+    ):
+      with pytest.raises(UserError, match=r'^step 6 cannot be checked') as one:
+        restore()
+      assert 'Permission denied' in str(one.value)
+      assert '\n' not in str(one.value)
+  assert sorted(directory.rglob('*')) == before
+  assert other.restore(abstract(state(0))).step == 6
+
+
+@pytest.mark.parametrize('calls', range(3))
+def test_a_run_that_has_lost_its_directory_changes_nothing(
+  directory, calls, caplog
+):
+  def confirm():
+    if not left:
+      raise UserError('taken by another run')
+    left.pop()
+
+  left = [None]
+  checkpoints = Checkpoints(directory, KeepConfig(last=1), {}, confirm)
+  assert not left
+  left += [None] * 2
+  save(checkpoints, 1)
+  before = sorted(directory.rglob('*'))
+  left += [None] * calls
+  checkpoints.save(2, state(2))
+  [outcome] = checkpoints.wait()
+  if calls == 2:  # It was taken after the manifest.
+    assert outcome.error == ''
+    assert steps(checkpoints) == [1, 2]
+    assert 'warning: taken by another run' in caplog.text
+    return
+  assert outcome.error == 'taken by another run'
+  assert not (directory / '2' / 'manifest.json').exists()
+  assert {*before} <= {*directory.rglob('*')}
+  with pytest.raises(UserError, match='taken by'):
+    Checkpoints(directory, KeepConfig(), {}, confirm)
+
+
+EXIT = """
+import pathlib, sys, time
+import numpy as np
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from train import manifest
+from train.checkpoint import Checkpoints
+from train.config import KeepConfig
+
+def slowly(*_, **__):
+  print('slow', flush=True)
+  time.sleep(60)
+
+if sys.argv[2] == 'digest':
+  manifest._digest = slowly
+else:
+  ocp.PyTreeCheckpointHandler.finalize = slowly
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), KeepConfig(), {})
+checkpoints.save(1, {'w': jnp.zeros((50, 1000))})
+time.sleep(3)
+raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize('where', ['digest', 'commit'])
+def test_a_program_that_ends_does_not_wait_for_a_save(directory, where):
+  done = subprocess.run(
+    [sys.executable, '-c', EXIT, directory, where],
+    check=False, capture_output=True, text=True, timeout=40,
+    env={**os.environ, 'PYTHONPATH': os.getcwd(), 'XLA_FLAGS': ''},
+  )  # fmt: skip
+  assert 'slow' in done.stdout
+  assert done.stderr.rstrip().endswith('KeyboardInterrupt')
+
+
 def test_where_none_was_complete_the_run_begins(directory, caplog):
   save(opened(directory), 3)
   (directory / '3' / 'manifest.json').unlink()
@@ -299,7 +394,7 @@ def test_what_a_save_left_is_removed(directory):
   shutil.copytree(directory / '1', leftover)
   second = opened(directory)
   assert {path.name for path in directory.iterdir()} == {'1'}
-  assert second.steps() == [1]
+  assert steps(second) == [1]
   leftover.mkdir()
   save(second, 2)
   assert {path.name for path in directory.iterdir()} == {'1', '2'}
@@ -439,10 +534,10 @@ def test_a_full_disk_is_an_outcome(checkpoints, directory, monkeypatch, where):
     [outcome] = checkpoints.wait()
     assert outcome.error == f'no space left to write {directory}'
     assert (outcome.step, outcome.bytes) == (6, 0)
-  assert checkpoints.steps() == [3]
+  assert steps(checkpoints) == [3]
   assert {path.name for path in directory.iterdir()} == {'3'}
   save(checkpoints, 6, 9)
-  assert checkpoints.steps() == [6, 9]
+  assert steps(checkpoints) == [6, 9]
   gc.collect()
 
 
@@ -461,7 +556,7 @@ def test_a_disk_that_is_really_full(small_disk):
   small_disk(20_000)
   checkpoints.save(4, large)
   assert checkpoints.wait()[0].error == ''
-  assert checkpoints.steps() == [3, 4]
+  assert steps(checkpoints) == [3, 4]
   gc.collect()
 
 
@@ -477,9 +572,9 @@ def test_older_ones_that_cannot_be_removed_go_later(
     patch.setattr(retention, 'kept', fail)
     save(checkpoints, 2)
   assert f'warning: cannot write {directory}: Permission denied' in caplog.text
-  assert checkpoints.steps() == [1, 2]
+  assert steps(checkpoints) == [1, 2]
   save(checkpoints, 3)
-  assert checkpoints.steps() == [3]
+  assert steps(checkpoints) == [3]
 
 
 def test_what_is_still_being_written_is_removed_in_the_end(
@@ -611,7 +706,7 @@ def test_a_run_may_go_on_meanwhile(saved, monkeypatch):
   check = manifest.check
 
   def slowly(*args):
-    if not run.steps()[-1] > 6:
+    if not steps(run)[-1] > 6:
       save(run, 9, 12)  # What is being read is removed.
     check(*args)
 
@@ -671,7 +766,7 @@ def test_other_parameters_are_refused_in_one_line(saved, change):
   ],
 )  # fmt: skip
 def test_failures_become_one_line(error, words):
-  assert step_dirs.reason(error, epath.Path('/there'), 'write') == words
+  assert step_dirs.explain(error, epath.Path('/there'), 'write') == words
 
 
 def test_late_failures_of_a_save_are_not_printed(monkeypatch):

@@ -9,10 +9,11 @@ import sys
 import time
 
 import hypothesis
+import jax
 import pytest
 from hypothesis import strategies as st
 
-from train import beats
+from train import beats, heartbeat
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -145,12 +146,17 @@ def test_one_that_dies_while_the_others_wait_for_it(run):
 
 
 @slow
-@pytest.mark.parametrize('victim', [0, 1])
-def test_one_that_stops_is_named_within_a_minute(run, victim):
+@pytest.mark.parametrize(
+  ('victim', 'settings'),
+  [(0, ''), (1, 'heartbeat._SILENT = 3.0')],
+  ids=['0', '1'],
+)
+def test_one_that_stops_is_named_within_a_minute(run, victim, settings):
   """As one whose machine is gone: its sockets stay open."""
   statuses, errs, seconds = run(
-    'os.kill(os.getpid(), signal.SIGSTOP)', victim=victim, limit=90
-  )
+    'os.kill(os.getpid(), signal.SIGSTOP)', victim=victim, settings=settings,
+    limit=90,
+  )  # fmt: skip
   assert seconds < 60
   assert statuses[1 - victim] == 1
   assert f'error: process {victim} on {HOST} is gone' in errs[1 - victim]
@@ -238,6 +244,113 @@ def test_who_is_silent_and_who_hangs(history):
       assert hung == [i for i in steps if steps[i] == min(steps.values())]
     else:
       assert not hung
+
+
+class Store:
+  """JAX's coordination service, which fails `failures` times from now on."""
+
+  def __init__(self):
+    self.values = {}
+    self.failures = 0
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    if self.failures:
+      self.failures -= 1
+      raise jax.errors.JaxRuntimeError('UNAVAILABLE: not now')
+    assert allow_overwrite or key not in self.values
+    self.values[key] = value
+
+  def key_value_dir_get(self, prefix):
+    return [(k, v) for k, v in self.values.items() if k.startswith(prefix)]
+
+  def blocking_key_value_get(self, key, _):
+    return self.values[key]
+
+  def wait_for_beats(self, more):
+    """Until all failures are over and so many beats have been taken."""
+    deadline = time.monotonic() + 10
+    number = None
+    while number is None or self._beats() < number:
+      if number is None and not self.failures:
+        number = self._beats() + more
+      assert time.monotonic() < deadline, 'it has ended'
+      time.sleep(0.001)
+
+  def _beats(self):
+    return sum(beat.number for beat in beats.read(self).values())
+
+
+@pytest.fixture
+def beat(monkeypatch):
+  """Starts a heartbeat of two; returns it and the statuses it ends with."""
+  monkeypatch.setattr(heartbeat, 'PERIOD', 0.01)
+  monkeypatch.setattr(heartbeat, '_SILENT', 0.3)
+  monkeypatch.setattr(heartbeat, '_on_abort', lambda _: None)
+  statuses, started = [], []
+
+  def leave(status):
+    statuses.append(status)
+    started[0]._stopped.set()
+
+  monkeypatch.setattr(heartbeat.os, '_exit', leave)
+
+  def beat(store, process, port):
+    if process:
+      beats.post(store, 0, 1, beats.Progress())
+    started.append(
+      heartbeat.Heartbeat(
+        store, process, 2, f'127.0.0.1:{port}', beats.Progress()
+      )
+    )
+    return started[0], statuses
+
+  yield beat
+  started[0].stop()
+
+
+@pytest.fixture
+def listening():
+  """A port at which somebody listens."""
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    yield server.getsockname()[1]
+
+
+def test_process_0_watches_on_after_a_failure(beat, listening, capsys):
+  store = Store()
+  _, statuses = beat(store, 0, listening)
+  store.failures = heartbeat._UNANSWERED + 2
+  store.wait_for_beats(2)
+  assert not statuses
+  deadline = time.monotonic() + 10
+  while not statuses:  # Nothing is ever heard of process 1.
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  assert statuses == [heartbeat.GONE]
+  assert 'error: process 1 is gone: not heard for' in capsys.readouterr().err
+
+
+def test_a_moment_without_process_0_ends_nothing(beat, listening):
+  store = Store()
+  _, statuses = beat(store, 1, listening)
+  for _ in range(3):
+    store.failures = heartbeat._UNANSWERED - 1
+    store.wait_for_beats(2)
+  assert not statuses
+
+
+@pytest.mark.parametrize('listens', [True, False])
+def test_a_process_without_process_0_ends(beat, listening, capsys, listens):
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    free = server.getsockname()[1]
+  store = Store()
+  running, statuses = beat(store, 1, listening if listens else free)
+  failures = store.failures = 1000
+  running._thread.join(10)
+  assert statuses == [heartbeat.GONE]
+  tried = failures - store.failures
+  assert tried == (heartbeat._UNANSWERED if listens else 1)
+  line = f'error: process 0 on {HOST} is gone\n'
+  assert capsys.readouterr().err.endswith(line)
 
 
 def test_a_run_of_many_names_a_few():

@@ -16,7 +16,7 @@ from etils import epath
 from tests.train.memory_store import MemoryStore
 from train import lock
 from train.errors import UserError
-from train.lock import FileLock, Heartbeat
+from train.lock import FileLock, ObjectLock
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLACE = epath.Path('gs://bucket/run')
@@ -67,6 +67,7 @@ def test_a_process_excludes_itself_too(tmp_path):
   with pytest.raises(UserError, match='in use'):
     FileLock(tmp_path)
   first.check()
+  first.confirm()
   first.release()
   first.release()
   FileLock(tmp_path).release()
@@ -121,7 +122,7 @@ def held(store):
 
 
 def test_it_beats_until_it_is_released(store):
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   first = held(store)
   assert (first['host'], first['pid']) == (socket.gethostname(), os.getpid())
   time.sleep(0.3)
@@ -135,15 +136,15 @@ def test_it_beats_until_it_is_released(store):
   time.sleep(0.1)
   assert NAME not in store.objects
   heart.release()
-  again = Heartbeat(PLACE)
+  again = ObjectLock(PLACE)
   again.release()
 
 
 def test_a_run_that_beats_refuses_a_second(store):
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   start = time.monotonic()
   with pytest.raises(UserError) as error:
-    Heartbeat(PLACE)
+    ObjectLock(PLACE)
   assert time.monotonic() - start < 0.9
   assert f'{PLACE} is in use by {HERE}' in str(error.value)
   heart.confirm()
@@ -155,7 +156,7 @@ def test_one_that_beats_no_more_is_waited_for(store, monkeypatch, caplog):
   caplog.set_level(logging.INFO, 'train')
   left(store, age=0.6)
   start = time.monotonic()
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   assert 0.3 < time.monotonic() - start < 4
   assert 'was in use by process 7 on elsewhere' in caplog.text
   assert held(store)['pid'] == os.getpid()
@@ -163,18 +164,41 @@ def test_one_that_beats_no_more_is_waited_for(store, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize('beat', [0.0, -1e9])
-def test_an_old_one_is_taken_at_once(store, beat):
+def test_an_old_one_is_waited_for_a_few_beats(store, beat):
   left(store, beat=beat)
   start = time.monotonic()
-  Heartbeat(PLACE).release()
-  assert time.monotonic() - start < 0.8
+  ObjectLock(PLACE).release()
+  assert 2.5 * lock._BEAT < time.monotonic() - start < 0.8
+
+
+@pytest.mark.parametrize('ahead', [-3600.0, 3600.0])
+def test_a_run_that_beats_is_alive_whatever_its_clock_says(
+  store, monkeypatch, ahead
+):
+  monkeypatch.setattr(lock, '_BEAT', 0.1)
+  ended = threading.Event()
+
+  def beat():
+    while not ended.wait(0.1):
+      left(store, age=-ahead)
+
+  left(store, age=-ahead)
+  other = threading.Thread(target=beat)
+  other.start()
+  try:
+    with pytest.raises(UserError, match='in use by process 7 on elsewhere'):
+      ObjectLock(PLACE)
+    assert held(store)['token'] == 'theirs'
+  finally:
+    ended.set()
+    other.join()
 
 
 @pytest.mark.parametrize('beat', [1e12, None, 'soon', [1]])
 def test_a_clock_that_is_wrong_is_not_waited_for_long(store, beat):
   left(store, beat=beat)
   start = time.monotonic()
-  Heartbeat(PLACE).release()
+  ObjectLock(PLACE).release()
   assert 0.9 < time.monotonic() - start < 4
 
 
@@ -183,18 +207,18 @@ def test_one_that_died_here_is_taken_at_once(store):
     process.wait()
   left(store, pid=process.pid, machine=lock._machine())
   start = time.monotonic()
-  Heartbeat(PLACE).release()
+  ObjectLock(PLACE).release()
   assert time.monotonic() - start < 0.8
   left(store, pid=os.getppid(), machine=lock._machine())
   with pytest.raises(UserError, match='in use'):
     threading.Timer(0.2, left, [store]).start()
-    Heartbeat(PLACE)
+    ObjectLock(PLACE)
 
 
 @pytest.mark.parametrize('content', [b'', b'{', b'[]', b'3'])
 def test_a_damaged_object_is_no_lock(store, content):
   store.objects[NAME] = content
-  Heartbeat(PLACE).release()
+  ObjectLock(PLACE).release()
 
 
 def test_of_those_that_begin_at_once_one_goes_on(store, monkeypatch):
@@ -203,7 +227,7 @@ def test_of_those_that_begin_at_once_one_goes_on(store, monkeypatch):
 
   def begin():
     try:
-      won.append(Heartbeat(PLACE))
+      won.append(ObjectLock(PLACE))
     except UserError as error:
       lost.append(str(error))
 
@@ -221,7 +245,7 @@ def test_of_those_that_begin_at_once_one_goes_on(store, monkeypatch):
 
 
 def test_a_run_whose_directory_is_taken_over_hears_of_it(store):
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   left(store)
   theirs = store.objects[NAME]
   with pytest.raises(UserError, match='taken over by process 7 on elsewhere'):
@@ -234,7 +258,7 @@ def test_a_run_whose_directory_is_taken_over_hears_of_it(store):
 
 
 def test_the_beat_notices_too(store):
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   left(store)
   end = time.monotonic() + 5
   with pytest.raises(UserError, match='taken over'):
@@ -245,7 +269,7 @@ def test_the_beat_notices_too(store):
 
 
 def test_a_store_that_fails_for_a_while_is_survived(store):
-  heart = Heartbeat(PLACE)
+  heart = ObjectLock(PLACE)
   before = held(store)['beat']
   store.failing.append('lock')
   time.sleep(0.15)
@@ -259,4 +283,4 @@ def test_a_store_that_fails_for_a_while_is_survived(store):
 def test_a_store_that_cannot_be_written_is_one_line(store):
   store.failing.append('lock')
   with pytest.raises(UserError, match=r'cannot write gs://.* network is down'):
-    Heartbeat(PLACE)
+    ObjectLock(PLACE)

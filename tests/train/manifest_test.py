@@ -94,6 +94,20 @@ def test_damage_is_told(directory, damage, words):
     verify(directory)
 
 
+def test_a_store_that_fails_is_no_damage(directory, monkeypatch):
+  def fail(_):
+    raise ValueError('the client says so')
+
+  monkeypatch.setattr(type(directory), 'read_bytes', fail)
+  with pytest.raises(ValueError, match='the client'):
+    manifest.read(directory, 7)
+
+
+def test_more_bytes_are_waited_for_longer():
+  assert manifest.seconds(0) == 600
+  assert manifest.seconds(2 * 10**10) == 1600
+
+
 def test_an_extra_file_does_no_harm(directory):
   (directory / 'd' / '.nfs01').write_text('x')
   verify(directory)
@@ -116,6 +130,7 @@ def test_a_manifest_cut_off_anywhere_is_noticed(directory):
     ({'files': []}, 'is damaged'),
     ({'files': {'a': {'bytes': 0}}}, 'is damaged'),
     ({'files': {'a': 3}}, 'is damaged'),
+    ({'files': {'a': {'bytes': '3', 'sha256': ''}}}, 'is damaged'),
   ],
 )
 def test_another_manifest_is_refused(directory, change, words):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.train.syncs import watch_syncs
 from train import metrics_file
 from train.errors import UserError
 from train.metrics_file import MetricsFile, dumps, parse
@@ -40,6 +41,7 @@ class Disk:
   def __init__(self, monkeypatch):
     self.room = 10**9
     self.writes = 0
+    self.fails_to_close = self.fails_to_truncate = False
     real = pathlib.Path.open
 
     def open_(path, mode='r', *args, **kwargs):
@@ -58,6 +60,8 @@ class _File:
 
   def __exit__(self, *_):
     self._file.close()
+    if self._disk.fails_to_close:
+      raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
   def tell(self):
     return self._file.tell()
@@ -71,6 +75,8 @@ class _File:
     return written
 
   def truncate(self, size):
+    if self._disk.fails_to_truncate:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
     self._disk.room += self._file.tell() - size
     self._file.truncate(size)
 
@@ -132,6 +138,48 @@ def test_a_full_disk_is_not_tried_all_the_time(path, disk):
   disk.room = 10**9
   file.sync()  # Waits for nothing.
   assert path.read_text() == dumps(numbered(50))
+
+
+def test_lines_refused_at_the_very_end_are_not_doubled(path, disk, no_patience):
+  # As over a network, where a full quota is told when a file is closed.
+  file = MetricsFile(path)
+  file.append(*numbered(2))
+  disk.fails_to_close = True
+  file.append({'step': 2})
+  assert 'no space left' in file.behind
+  file.append({'step': 3})
+  assert file.lines() == numbered(4)
+  disk.fails_to_close = False
+  file.append({'step': 4})
+  assert file.behind == ''
+  assert path.read_text() == dumps(numbered(5))
+
+
+def test_a_part_of_a_line_that_could_not_be_cut_off_is_later(
+  path, disk, no_patience
+):
+  file = MetricsFile(path)
+  file.append(*numbered(2))
+  disk.room, disk.fails_to_truncate = 5, True
+  file.append({'step': 2})
+  assert path.read_bytes() == dumps(numbered(2)).encode() + b'{"ste'
+  disk.room = 10**9
+  file.append({'step': 3})  # Nothing goes after the part.
+  assert file.lines() == numbered(4)
+  assert 'cannot write' in file.behind
+  disk.fails_to_truncate = False
+  file.append({'step': 4})
+  assert file.behind == ''
+  assert path.read_text() == dumps(numbered(5))
+
+
+def test_syncing_makes_the_name_durable_too(path, monkeypatch):
+  synced = watch_syncs(monkeypatch)
+  file = MetricsFile(path)
+  file.append(LINE)
+  assert synced == []
+  file.sync()
+  assert synced == [path, path.parent]
 
 
 def test_one_line_waits(path, disk):

@@ -140,6 +140,7 @@ def _say_all(display):
     {'event': 'skipped', 'step': 61, 'reason': 'spike', 'loss': 9.87654,
      'grad_norm': 'inf'},
     {'event': 'stopped', 'step': 62, 'status': 'SIGTERM'},
+    {'event': 'failed', 'step': 62, 'status': 3, 'error': 'diverged'},
     {'event': 'done', 'step': 62},
   ):  # fmt: skip
     display.event(event)
@@ -147,7 +148,7 @@ def _say_all(display):
 
 _SAID = [
   'arm: continues from step 40',
-  'arm: step 60 was not saved: no space left in x; training goes on',
+  'arm: step 60 was not saved: no space left in x',
   'arm: the checkpoint of step 50 is not used: a bad file',
   'arm: step 61 changed nothing: spike (loss 9.877, gradient norm inf)',
 ]

@@ -1,3 +1,4 @@
+import concurrent.futures
 import dataclasses
 import errno
 import importlib.util
@@ -252,6 +253,32 @@ def test_a_run_that_is_taken_over_ends_and_writes_no_more(store):
     run.log(train_line(3))
   assert stored(store, 'metrics.jsonl') == [1]
   assert json.loads(store.objects[f'{PLACE}/lock.json']) == theirs
+
+
+def test_the_store_is_asked_whose_the_directory_is(store, monkeypatch):
+  monkeypatch.setattr(lock, '_BEAT', 60.0)  # No beat finds it out first.
+  run = open_run()
+  run.confirm()
+  open_run(writes=False).confirm()
+  with monkeypatch.context() as patch:
+    patch.setattr(store, 'open', _away)
+    with pytest.raises(UserError, match=r'cannot read gs://.*is down'):
+      run.confirm()
+  theirs = {'token': 'theirs', 'host': 'elsewhere', 'pid': 7}
+  store.objects[f'{PLACE}/lock.json'] = json.dumps(theirs).encode()
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    errors = [
+      each.exception() for each in map(threads.submit, 8 * [run.confirm])
+    ]
+  for error in errors:
+    assert 'taken over by process 7 on elsewhere' in str(error)
+    assert isinstance(error, UserError)
+  run.close()
+  assert json.loads(store.objects[f'{PLACE}/lock.json']) == theirs
+
+
+def _away(*_):
+  raise OSError('the network is down')
 
 
 def test_another_configuration_is_refused(store, run):

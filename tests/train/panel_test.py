@@ -36,7 +36,7 @@ def _views(draw):
     mfu=draw(_NUMBERS),
     data_share=draw(_NUMBERS),
     memory_limit=draw(st.none() | st.integers(1, 2**50)),
-    gone=draw(times),
+    elapsed=draw(times),
     left=draw(st.none() | times),
     saved=draw(st.none() | st.tuples(st.integers(0, steps), times)),
     status=draw(st.sampled_from(['', 'saving'])),
@@ -106,3 +106,27 @@ def test_memory_is_compared_with_what_there_is():
   assert 'peak memory     30.0 GiB  75%\n' in str(
     panel.draw(view, 80, 40, True)
   )
+
+
+@pytest.mark.parametrize('norm, text', [
+  (2.5, '2.500'), (1.0, '1.000'), (0.0123456, '0.01235'), (1234.4, '1234'),
+  (0, '0.000'),
+])  # fmt: skip
+def test_norms_have_four_digits(norm, text):
+  view = panel.View('arm', 9, 5, line={'powered_norm': norm})
+  assert f'after power   {text}\n' in str(panel.draw(view, 40, 40, True))
+
+
+@pytest.mark.parametrize('width', [30, 50, 80, 120])
+@pytest.mark.parametrize('height', [9, 12, 16, 20, 40])
+def test_a_small_terminal_shows_the_loss_first(width, height):
+  losses = Curve()
+  for loss in range(40):
+    losses.add(loss)
+  view = panel.View('arm', 9, 5, line={'loss': 1.5}, losses=losses)
+  assert ' loss            1.5000' in str(panel.draw(view, width, height, True))
+
+
+def test_how_long_it_takes():
+  view = panel.View('arm', 9, 5, elapsed=5, left=7)
+  assert '0:05 elapsed     0:07 left' in str(panel.draw(view, 80, 40, True))

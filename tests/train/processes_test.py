@@ -101,6 +101,15 @@ def alone(tmp_path_factory, start, finish, tiny):
   return directory
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, launch, finish_all, tiny):
+  """Two processes that nothing interrupts."""
+  run_dir = tmp_path_factory.mktemp('whole') / 'run'
+  statuses, _, errs = finish_all(launch(2, *command(tiny, run_dir, *LONG)))
+  assert statuses == [0, 0], errs
+  return run_dir
+
+
 def digest_of(run_dir):
   """Of the last checkpoint, read by this process onto its own devices."""
   saved = config.from_dict(json.loads((run_dir / 'config.json').read_text()))
@@ -182,7 +191,7 @@ def wait_for_lines(processes, run_dir, count):
 
 @pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_at_one_step(
-  launch, finish_all, tiny, tmp_path, numbers, read_metrics
+  launch, finish_all, tiny, tmp_path, numbers, read_metrics, whole
 ):
   """And nothing shows of it in the end, to the bit."""
   run_dir = tmp_path / 'run'
@@ -216,10 +225,6 @@ def test_a_signal_to_any_process_stops_all_at_one_step(
   statuses, _, errs = finish_all(launch(2, *argv))
   assert statuses == [0, 0], errs
   assert f'continues from step {reached}' in errs[0]
-
-  whole = tmp_path / 'whole'
-  statuses, _, errs = finish_all(launch(2, *command(tiny, whole, *LONG)))
-  assert statuses == [0, 0], errs
   assert numbers(run_dir) == numbers(whole)
 
 
@@ -315,11 +320,9 @@ def test_a_process_that_fails_later_ends_the_others(
 @pytest.mark.slow
 @pytest.mark.parametrize('killed', [0, 1])
 def test_a_run_whose_process_is_killed_goes_on(
-  launch, finish_all, tiny, tmp_path, numbers, killed
+  launch, finish_all, tiny, tmp_path, numbers, whole, killed
 ):
-  whole, run_dir = tmp_path / 'whole', tmp_path / 'run'
-  statuses, _, errs = finish_all(launch(2, *command(tiny, whole, *LONG)))
-  assert statuses == [0, 0], errs
+  run_dir = tmp_path / 'run'
   processes = launch(2, *command(tiny, run_dir, *LONG))
   wait_for_lines(processes, run_dir, 20)
   processes[killed].kill()

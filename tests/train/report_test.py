@@ -185,8 +185,8 @@ def test_died_run_is_compared_where_it_still_lived(tmp_path, adamw):
   lines = [line for line in healthy(0.5) if line['step'] <= 34]
   died = make_run(tmp_path / 'died', lines, tail='{"step": 35, "split": "tr')
   text = Page(render(tmp_path, {'adamw': adamw, 'died': died})).text
-  assert 'died at step 34' in text
-  assert 'no end on record' in text
+  assert 'at step 34 of 60 no end on record: running, or died' in text
+  assert 'died at' not in text and 'Last validation loss' in text
   assert '+0.5000 at step 30' in text
   assert '1 unreadable line was left out' in text
 
@@ -234,11 +234,11 @@ def test_stopped_then_resumed_run_drops_what_was_done_again(tmp_path):
   lines += [{'event': 'resumed', 'step': 20}]
   lines += [train_line(step, loss=5.0) for step in range(21, 26)]
   resumed = read_run('b', make_run(tmp_path / 'b', lines))
-  assert resumed.end == 'died' and resumed.resumed == [20]
+  assert resumed.end == 'open' and resumed.resumed == [20]
   assert list(resumed.train) == list(range(1, 26))
   assert resumed.train[20]['loss'] == 9.0 and resumed.train[21]['loss'] == 5.0
   text = Page(render(tmp_path, {'a': stopped})).text
-  assert 'stopped at step 30' in text and 'no end on record' not in text
+  assert 'stopped at step 30 of 60' in text and 'no end on record' not in text
 
 
 @pytest.mark.parametrize('bad', ['nan', 'inf', '-inf'])
@@ -263,8 +263,9 @@ def test_non_finite_values(tmp_path, adamw, bad):
 
 def test_nothing_finite_at_all(tmp_path):
   lines = [train_line(s, loss='nan', grad_norm='inf') for s in range(1, 5)]
-  page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
-  assert page.text.count('No finite values.') == 2
+  text = render(tmp_path, {'a': make_run(tmp_path / 'a', lines)})
+  assert not {'Loss', 'Gradient norms'} & set(heads(text))
+  assert 'Learning rate' in heads(text) and 'not finite from' in text
 
 
 def test_one_line_is_enough(tmp_path):
@@ -383,7 +384,7 @@ def test_median_throughput_ignores_the_compilation(tmp_path):
     train_line(s, tokens_per_second=1000 if s > 1 else 3) for s in (1, 2, 3)
   ]
   page = Page(render(tmp_path, {'a': make_run(tmp_path / 'a', lines)}))
-  assert '6,144 1,000 died' in page.text
+  assert '6,144 1,000 at step 3 of 60' in page.text
 
 
 NORMS = ('param_norm', 'grad_norm', 'powered_norm', 'update_norm')
@@ -465,14 +466,18 @@ def test_the_summary_tells_how_it_got_there(tmp_path):
   ]
   history(run, began)
   text = Page(render(tmp_path, {'a': run})).text
-  assert 'died at step 8 1 step skipped in 2 min 8 s' in text
+  open_ = 'at step 8 of 60 no end on record: running, or died '
+  assert f'{open_}1 step skipped in 2 min 8 s' in text
   assert (
     'its last line is step 8, its last sign of life at 2001-09-09 01:46:48 '
     'UTC, 2 min 8 s after it began' in text
   )
   history(run, began, *resumed[:2])
   text = Page(render(tmp_path, {'a': run})).text
-  assert 'resumed at 1, 2 1 step skipped alive 2 min 7 s of 2 min 8 s' in text
+  assert (
+    'resumed at 1, 2 1 step skipped running for 2 min 7 s of the 2 min 8 s '
+    'from its start to its last sign of life' in text
+  )
   history(run, began, *resumed)
   text = Page(render(tmp_path, {'a': run})).text
   assert 'resumed 6 times, last at 6 ' in text
@@ -488,8 +493,47 @@ def test_a_run_that_died_before_it_measured_anything(tmp_path, adamw):
     {'adamw': adamw, 'a': run},
   ):
     text = Page(render(tmp_path, runs)).text
-    assert 'died at step 0' in text
+    assert 'at step 0 of 60 no end on record' in text
     assert 'its last sign of life at 2001-09-09 01:46:40 UTC' in text
+
+
+def test_a_failure_is_told_in_the_summary_the_notes_and_the_table(tmp_path):
+  run = make_run(tmp_path / 'a', [full_line(s) for s in range(1, 9)])
+  error = 'not finite <3> steps in a row'
+  failed = {'event': 'failed', 'step': 8, 'time': 1e9 + 9, 'status': 3}
+  began = {'event': 'began', 'step': 0, 'time': 1e9}
+  history(run, began, {**failed, 'error': error})
+  text = Page(render(tmp_path, {'a': run})).text
+  assert f'failed at step 8 of 60 {error}' in text
+  assert f'a: failed at step 8 of 60: {error}' in text
+  assert f'8 failed: {error}' in text and 'no end on record' not in text
+
+
+def test_a_single_run_is_no_arm(tmp_path, adamw, power):
+  text = Page(render(tmp_path, {'a': adamw})).text
+  assert 'Run Final validation loss' in text and 'Arm' not in text
+  assert 'validation training, a centred mean' in text
+  text = Page(render(tmp_path, {'a': adamw, 'b': power})).text
+  assert 'Arm Final validation loss' in text
+  assert 'a b validation training, a centred mean' in text
+
+
+def test_no_figure_without_a_pair(tmp_path, adamw):
+  early = make_run(tmp_path / 'b', [train_line(1), validation_line(5)])
+  found = heads(render(tmp_path, {'a': adamw, 'b': early}))
+  assert found[:2] == ['Loss', 'Learning rate']
+
+
+@pytest.mark.parametrize('first, fits', [(3e4, True), (1e9, False)])
+def test_the_mean_fits_unless_it_is_an_outlier(tmp_path, first, fits):
+  lines = [
+    train_line(s, tokens_per_second=first if s == 1 else 2e4)
+    for s in range(1, 200)
+  ]
+  text = render(tmp_path, {'a': make_run(tmp_path / 'a', lines)})
+  figure = text[text.index('<h3>Throughput') :]
+  top = re.search(r'<path class="line.*?d="M\S+ (\S+)h0', figure)
+  assert (float(top[1]) >= 0) == fits
 
 
 def test_layers_are_drawn_in_the_order_of_the_model(tmp_path):
@@ -553,7 +597,7 @@ odd = st.one_of(
   st.sampled_from([
     'nan', 'inf', '', 10**400, 'train', 'validation', 'layers', 'began',
     'resumed', 'saved', 'save_failed', 'fell_back', 'skipped', 'stopped',
-    'done', 1e9, 1e9 + 60, 1e12,
+    'failed', 'error', 'done', 1e9, 1e9 + 60, 1e12,
   ]),
 )  # fmt: skip
 odd_lines = st.lists(st.dictionaries(names, odd, min_size=1), max_size=8)
@@ -561,7 +605,8 @@ likely = st.fixed_dictionaries(
   {'step': st.integers(0, 40), 'time': st.floats(0, 2e11)},
   optional={
     'event': st.sampled_from(['began', 'resumed', 'saved', 'save_failed',
-                              'fell_back', 'skipped', 'stopped', 'done']),
+                              'fell_back', 'skipped', 'stopped', 'failed',
+                              'done']),
     'split': st.sampled_from(['train', 'validation']),
     'loss': st.floats(),
     'data_seconds': st.floats(),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.train.syncs import watch_syncs
 from train import metrics_file
 from train.config import (
   Config,
@@ -20,7 +21,7 @@ from train.config import (
 )
 from train.errors import UserError
 from train.run_dir import RunDir
-from train.storage import write_atomically
+from train.storage import make_directory, sync_directory, write_atomically
 
 CONFIG = Config()
 VOCABULARY = '{"über": 1}'
@@ -112,6 +113,19 @@ def test_it_goes_on_in_another_layout_and_says_so(run):
     again(run, dataclasses.replace(POWER, mesh=mesh))
   assert '--optimizer.power' in str(error.value)
   assert 'mesh' not in str(error.value)
+
+
+def test_other_versions_are_told(run):
+  facts = json.loads((run.path / 'run.json').read_text())
+  jax_now = facts['versions']['jax']
+  older = facts['versions'] | {'jax': '0.1.2', 'gone': '1.0'}
+  del older['numpy']  # It was not asked for then.
+  for before, moved in (
+    (older, {'versions': {'jax': f'0.1.2 -> {jax_now}'}}),
+    (None, {}),
+  ):
+    (run.path / 'run.json').write_text(json.dumps(facts | {'versions': before}))
+    assert again(run).moved == moved
 
 
 def test_which_checkpoints_are_kept_may_change(run):
@@ -233,6 +247,40 @@ def test_an_empty_directory_and_one_cut_off_at_birth_are_taken(tmp_path):
   run.close()
 
 
+def test_what_a_killed_process_left_is_removed(run):
+  ours = ['config.json.12.tmp', 'metrics.jsonl.3.tmp', 'run.json.4.tmp']
+  others = ['report.html.5.tmp', 'config.json.tmp', 'config.json.x.tmp']
+  for name in ours + others:
+    (run.path / name).write_text('half')
+  with pytest.raises(UserError, match='in use'):
+    RunDir(run.path, CONFIG, 'hash', VOCABULARY)
+  assert set(ours) <= set(contents(run))
+  again(run)
+  assert set(contents(run)) & {*ours, *others} == set(others)
+
+
+def test_one_that_is_closed_before_it_has_begun_is_free(tmp_path):
+  run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
+  run.close()
+  run.close()
+  assert again(run).done() is None
+
+
+def test_a_run_on_a_disk_is_not_lost(run):
+  run.confirm()
+  reader = RunDir(run.path, CONFIG, 'hash', VOCABULARY, writes=False)
+  reader.confirm()
+
+
+def test_what_makes_a_run_survives_a_power_cut(tmp_path, monkeypatch):
+  synced = watch_syncs(monkeypatch)
+  path = tmp_path / 'deep' / 'run'
+  RunDir(path, CONFIG, 'hash', VOCABULARY).close()
+  assert {tmp_path, tmp_path / 'deep', path} <= set(synced)
+  last = f'config.json.{os.getpid()}.tmp'
+  assert path in synced[synced.index(path / last) :]
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
   (tmp_path / 'run').write_text('')
   for path in (tmp_path / 'run', tmp_path / 'run' / 'below'):
@@ -279,6 +327,18 @@ def test_rewinding_drops_what_will_be_done_again(run):
   ]
   run.rewind(0)
   assert run.lines() == []
+
+
+def test_what_is_evaluated_once_more_is_dropped(run):
+  def validation(step):
+    return {'step': step, 'split': 'validation', 'loss': 1.0}
+
+  for step in (2, 3):
+    run.log(train_line(step), validation(step))
+  run.rewind(3)
+  assert len(run.lines()) == 4
+  run.rewind(3, again=True)
+  assert lines(run) == [train_line(2), validation(2), train_line(3)]
 
 
 def test_lines_and_events_say_when(run):
@@ -411,6 +471,32 @@ def test_writing_leaves_the_old_file_or_the_new(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['file']
   write_atomically(path, 'new')
   assert path.read_text() == 'new'
+
+
+def test_a_name_is_as_durable_as_its_file(tmp_path, monkeypatch):
+  synced = watch_syncs(monkeypatch)
+  write_atomically(tmp_path / 'file', 'new')
+  assert synced[-1] == tmp_path
+  make_directory(tmp_path / 'a' / 'b')
+  assert set(synced[-2:]) == {tmp_path / 'a', tmp_path}
+  del synced[:]
+  make_directory(tmp_path / 'a' / 'b')
+  assert synced == []
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.EIO])
+def test_a_file_system_whose_directories_cannot_be_synced(
+  tmp_path, monkeypatch, number
+):
+  def fsync(_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  if number == errno.EINVAL:
+    sync_directory(tmp_path)
+  else:
+    with pytest.raises(OSError, match='Input/output error'):
+      sync_directory(tmp_path)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 9))

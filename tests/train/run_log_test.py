@@ -50,7 +50,7 @@ def test_what_a_run_writes_is_what_is_read(tmp_path):
     ('saved', 1, {'seconds': 0.25, 'bytes': 10}),
   ]
   assert 'load' not in log.train[1]
-  assert (log.unreadable, log.resumed, log.end) == (0, [], 'died')
+  assert (log.unreadable, log.resumed, log.end) == (0, [], 'open')
 
 
 def test_the_history_outlives_rewinding(directory):
@@ -127,3 +127,16 @@ def test_what_the_store_says_is_one_line(directory, monkeypatch):
     read_run('a', 'gs://bucket/run')
   assert str(error.value).startswith('cannot read gs://bucket/run/config.json')
   assert str(error.value).endswith('401 no credentials')
+
+
+@pytest.mark.parametrize('later, end, error', [
+  ([], 'failed', 'it diverged'),
+  ([{'event': 'saved', 'step': 3}], 'failed', 'it diverged'),
+  ([{'event': 'resumed', 'step': 2}], 'open', ''),
+  ([{'event': 'stopped', 'step': 3, 'status': 'at once'}], 'stopped', ''),
+])  # fmt: skip
+def test_how_it_ended_is_told_by_its_history(directory, later, end, error):
+  failed = {'event': 'failed', 'step': 3, 'error': 'it diverged', 'status': 3}
+  write_events(directory, {'event': 'began', 'step': 0}, failed, *later)
+  log = read_run('a', directory)
+  assert (log.end, log.error) == (end, error)

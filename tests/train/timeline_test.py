@@ -24,7 +24,7 @@ def measured(*pairs, loss=2.0):
   }
 
 
-def killed(end='died'):
+def killed(end='open'):
   """Began, died at 100 s, went on from step 5 at 160 s."""
   events = [
     event('began', 0, 0.0),
@@ -34,8 +34,9 @@ def killed(end='died'):
     event('resumed', 5, 160.0),
     event('saved', 10, 200.0, seconds=0.5, bytes=2_000_000),
   ]
-  if end != 'died':
-    events.append(event(end, 12, 220.0, status='SIGTERM'))
+  if end != 'open':
+    facts = {'error': 'diverged <x>'} if end == 'failed' else {}
+    events.append(event(end, 12, 220.0, **{'status': 'SIGTERM', **facts}))
   run = RunLog('a', {}, measured(*((s, 10 * s) for s in range(1, 6))))
   run.train |= measured((6, 165.0), (12, 219.0))
   run.events, run.end, run.resumed = events, end, [5]
@@ -49,11 +50,11 @@ def test_a_run_that_was_killed_has_two_lives():
   # was refused by the life that began afterwards.
   assert first.last == (START + 100, 9) and first.seconds == 100
   assert (second.start.kind, second.start.step) == ('resumed', 5)
-  assert second.last == (START + 219, 12) and second.end == 'died'
+  assert second.last == (START + 219, 12) and second.end == 'open'
   assert alive(killed()) == (100 + 59, 219)
 
 
-@pytest.mark.parametrize('end', ['stopped', 'done'])
+@pytest.mark.parametrize('end', ['stopped', 'failed', 'done'])
 def test_a_life_that_ended_says_how(end):
   assert [life.end for life in lives(killed(end))] == ['died', end]
 
@@ -74,7 +75,10 @@ def test_what_has_no_time_has_no_lives():
   assert 'resumed' not in event_table.draw([run])  # Its first line.
 
 
-kinds = ['began', 'resumed', 'saved', 'fell_back', 'skipped', 'stopped', 'done']
+kinds = [
+  'began', 'resumed', 'saved', 'fell_back', 'skipped', 'stopped', 'failed',
+  'done',
+]  # fmt: skip
 events = st.lists(
   st.builds(event, st.sampled_from(kinds), st.integers(0, 99),
             st.none() | st.floats(-1e6, 1e6))
@@ -116,7 +120,9 @@ def test_marks_that_would_touch_are_one(places):
   assert len(found) <= 301
   gaps = [b.at - a.at for a, b in itertools.pairwise(found)]
   assert all(gap >= 100 / 300 * (1 - 1e-9) for gap in gaps)
-  counts = (re.match(r'([\d,]+): from', mark.title) for mark in found)
+  counts = (
+    re.match(r'([\d,]+) drawn as one: from', mark.title) for mark in found
+  )
   assert sum(
     int(count[1].replace(',', '')) if count else 1 for count in counts
   ) == len(places)
@@ -126,7 +132,7 @@ def test_hundreds_of_evenly_spaced_marks_stay_even():
   found = marks.grouped(axis, [Mark(i / 10, f'save {i}') for i in range(1000)])
   gaps = {round(b.at - a.at, 6) for a, b in itertools.pairwise(found)}
   assert len(gaps) == 1
-  assert found[0].title == '4: from save 0 to save 3'
+  assert found[0].title == '4 drawn as one: from save 0 to save 3'
 
 
 def test_lanes_without_marks_are_left_out():
@@ -149,7 +155,7 @@ def test_the_figure_over_time():
   assert 'step 5 saved (2.0 MB in 0.5 s), 2023-11-14 22:14:20 UTC' in text
   assert 'step 9 skipped (spike)' in text
   assert 'checkpoint 10 refused' in text
-  assert 'died at step 12, 2023-11-14 22:16:59 UTC' in text
+  assert 'last seen at step 12, 2023-11-14 22:16:59 UTC' in text
   assert text.count('class="dotted') == 1
   assert 'Minutes since the run began' in text
 
@@ -186,8 +192,40 @@ def test_the_table_of_events():
   ]
   last = rows(event_table.draw([killed()]))[-1]
   assert last == (
-    '2023-11-14 22:16:59 3 min 39 s 12 last sign of life: died, or is running'
+    '2023-11-14 22:16:59 3 min 39 s 12 last sign of life; no end on record: '
+    'running, or died'
   )
+
+
+@pytest.mark.parametrize('status, text', [
+  ('stopped', 'stopped'), ('at once', 'stopped at once'),
+  ('SIGINT', 'stopped by SIGINT'),
+])  # fmt: skip
+def test_how_it_stopped(status, text):
+  run = killed('stopped')
+  run.events[-1].facts['status'] = status
+  assert rows(event_table.draw([run]))[-1].endswith(f' 12 {text}')
+
+
+def test_a_failure_says_why():
+  text = event_table.draw([killed('failed')])
+  assert rows(text)[-1].endswith(' 12 failed: diverged &lt;x&gt;')
+  text = timeline.draw([killed('failed')])
+  assert 'failed at step 12, 2023-11-14 22:17:00 UTC' in text
+  assert ' 2 fails' in text
+
+
+def test_crosses_drawn_as_one_are_counted():
+  run, x = killed(), charts.Axis('', 0, 1200)
+  assert timeline.skips([run], x, 'step') == 'Crosses: skipped steps (1).'
+  run.events += [event('skipped', step, 101.0) for step in range(800, 825)]
+  assert timeline.skips([run], x, 'step') == (
+    'Crosses: skipped steps (26, some drawn as one).'
+  )
+  assert timeline.on_steps([run], x, 'step').count('<use') < 26
+  assert '26 skips' in timeline.draw([run])
+  run.events = []
+  assert timeline.skips([run], x, 'step') == ''
 
 
 def test_a_run_without_trouble_has_no_table():
