@@ -99,7 +99,8 @@ def test_every_option_in_the_cli_page_exists():
   known |= {'--run-dir', '--stop-at', '--out', '--path.to.field', '--model'}
   known |= {'--prompt', '--tokens', '--temperature', '--top-p', '--step'}
   known |= {'--coordinator', '--processes', '--process', '--mesh'}
-  known |= {'--device', '--mfu', '--topology'}
+  known |= {'--device', '--mfu', '--topology', '--keep', '--guard'}
+  known |= {'--tensorboard', '--wandb', '--layer-statistics', '--profile'}
   page = (ROOT / 'docs' / 'cli.md').read_text()
   named = set(re.findall(r'--[a-z][\w.-]*[a-z]', page))
   assert named

@@ -353,10 +353,10 @@ def _interrupted(run_dir: epath.Path, result: Any) -> int:
   from train import distributed
 
   if distributed.is_main():
-    what = 'saved' if result.step else 'before the first step, nothing to save'
+    saved = f'saved in {run_dir}; the same command goes on from there'
+    unsaved = 'before the first step: nothing to save'
     print(
-      f'interrupted ({result.signal}), {what} in {run_dir}; the same command '
-      'goes on from there',
+      f'interrupted ({result.signal}), {saved if result.step else unsaved}',
       file=sys.stderr,
     )
   return _INTERRUPTED if result.signal == 'SIGINT' else _PREEMPTED

@@ -9,6 +9,7 @@ TINY = ['--model.vocab_size', '64', '--model.d_model', '16', '--model.d_ff',
         '--length', '8', '--rounds', '2']  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_option_has_its_row(capsys, tmp_path):
   path = tmp_path / 'result.json'
   variants.main([*TINY, '--json', str(path)])

@@ -148,7 +148,9 @@ def test_an_interrupted_demo_goes_on(
     patch.setattr(loop._Run, '_train', lambda self: 'done')
     assert main('demo', '--run-dir', other, *tiny) == 130
   assert [path.name for path in other.iterdir()] == ['adamw']
-  assert 'interrupted (SIGINT), saved in' in capsys.readouterr().err
+  assert (
+    'interrupted (SIGINT), before the first step' in capsys.readouterr().err
+  )
 
   class Monitor(loop.Monitor):
     def train(self, line):

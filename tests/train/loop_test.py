@@ -212,6 +212,7 @@ def test_stopping_leaves_no_trace(main, tiny, tmp_path, read_metrics, numbers,
   capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(main, start, finish, tiny, tmp_path,
                                     numbers):  # fmt: skip
   for name in ('one', 'eight'):
@@ -344,6 +345,7 @@ def test_an_interrupted_run_goes_on(
   assert numbers(run_dir) == numbers(straight)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(straight, start, finish, tiny, tmp_path, numbers):
   run_dir = tmp_path / 'run'
   draw = random.Random(os.getpid())
@@ -404,7 +406,10 @@ def test_the_first_signal_is_noted_and_the_second_raises():
 
 @pytest.mark.parametrize(
   ('kilobytes', 'save_every'),
-  [(500, 15), (24, 1000)],
+  [
+    (500, 15),
+    pytest.param(24, 1000, marks=pytest.mark.slow),
+  ],
   ids=['checkpoint', 'metrics'],
 )
 def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(
@@ -412,7 +417,8 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(
 ):
   disk = small_disk(kilobytes)
   argv = command(tiny, disk / 'run', f'--save_every={save_every}')
-  status, _, err = finish(start(*argv))
+  hurry = 'from train import saving\nsaving._FIRST_PAUSE = 0.1'
+  status, _, err = finish(start(*argv, prelude=hurry))
   assert status == 2
   assert 'Traceback' not in err
   *lines, last = err.splitlines()

@@ -288,9 +288,8 @@ def test_an_error_of_one_process_is_every_ones(
   assert not run_dir.exists()
 
 
-@pytest.mark.parametrize(
-  'failing', [pytest.param(0, marks=pytest.mark.slow), 1]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('failing', [0, 1])
 def test_a_process_that_fails_later_ends_the_others(
   launch, finish_all, tiny, tmp_path, failing
 ):

@@ -47,8 +47,16 @@ def measured(config, devices=None):
   return line, before, jax.device_get(after), metrics
 
 
-@pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('family', MODELS)
+@pytest.mark.parametrize(
+  ('family', 'scan'),
+  [
+    ('llama', True),
+    *(
+      pytest.param(family, scan, marks=pytest.mark.slow)
+      for family, scan in (('llama', False), ('moe', True), ('moe', False))
+    ),
+  ],
+)
 def test_norms_are_those_of_the_step(family, scan):
   model = dataclasses.replace(MODELS[family], scan_layers=scan)
   line, before, after, metrics = measured(config(model), jax.devices()[:1])
@@ -71,6 +79,7 @@ def test_norms_are_those_of_the_step(family, scan):
     )
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_matter():
   one, *_ = measured(config(MODELS['llama']), jax.devices()[:1])
   many, *_ = measured(
