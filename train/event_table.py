@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import html
 from collections.abc import Sequence
+from typing import Any
 
 from train.lives import beginning, clock, duration, lives
 from train.run_log import Event, RunLog
@@ -102,9 +103,18 @@ def _text(event: Event) -> str:
     return 'stopped' + how.get(status, f' by {status}')
   if event.kind == 'failed':
     return f'failed: {facts.get("error", "no reason told")}'
-  moved = ', '.join(f'{name} {fact}' for name, fact in facts.items())
+  moved = ', '.join(
+    f'{name} {_plainly(fact)}' for name, fact in event.facts.items()
+  )
   text = 'resumed' if event.kind == 'resumed' else 'began again'
   return f'{text} on other {moved}' if moved else text
+
+
+def _plainly(fact: Any) -> str:
+  """'data 1, fsdp 4' of a mesh, 'jax A -> B' of versions."""
+  if isinstance(fact, dict):
+    return ', '.join(f'{name} {value}' for name, value in fact.items())
+  return str(fact)
 
 
 def _numbers(row: _Row) -> str:

@@ -271,3 +271,16 @@ def test_a_run_that_went_on_elsewhere_says_where(moved):
   run.events[4] = event('resumed', 5, 160.0, **moved)
   text = event_table.draw([run])
   assert ('resumed on other devices 4 &lt;cpu&gt;,' in text) == bool(moved)
+
+
+def test_what_changed_on_a_resume_is_told_in_words():
+  facts = {
+    'versions': {'jax': '0.10.2 -> 0.12.0', 'flax': '1 -> 2'},
+    'mesh': {'data': 0, 'fsdp': 4},
+    'accumulate': 2,
+  }
+  text = event_table._text(Event('resumed', 3, None, facts))
+  assert text == (
+    'resumed on other versions jax 0.10.2 -> 0.12.0, flax 1 -> 2, mesh data 0, '
+    'fsdp 4, accumulate 2'
+  )
