@@ -252,7 +252,7 @@ def test_a_run_goes_on_in_another_layout(
     capsys.readouterr()
     assert main(*moved, *layout, '--stop-at', step) == 0
     err = capsys.readouterr().err
-    assert ('laid out in another way than it began (mesh' in err) == (step > 9)
+    assert ('goes on in another way than it began (mesh' in err) == (step > 9)
   resumed = [
     {key: value for key, value in line.items() if key != 'time'}
     for line in read_metrics(tmp_path / 'moved')
