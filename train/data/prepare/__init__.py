@@ -1,0 +1,1 @@
+"""Text to token windows, once: a TFDS dataset in ArrayRecord."""
