@@ -13,8 +13,17 @@ _TO_TRAIN = (
   'array_record', 'grain', 'orbax.checkpoint', 'tensorflow_datasets',
   'tokenizers',
 )  # fmt: skip
+_TO_PREPARE = (
+  'array_record', 'pyarrow', 'sentencepiece', 'tensorflow_datasets', 'tiktoken',
+  'tokenizers', 'zstandard',
+)  # fmt: skip
 # Beyond what every command needs.
-_NEEDED_BY = {'demo': _TO_TRAIN, 'run': _TO_TRAIN, 'sample': _TO_SAMPLE}
+_NEEDED_BY = {
+  'demo': _TO_TRAIN,
+  'prepare': _TO_PREPARE,
+  'run': _TO_TRAIN,
+  'sample': _TO_SAMPLE,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from train import cli, paper, recipe_table, recipes, sample_options
+from train import (
+  cli,
+  paper,
+  prepare_command,
+  recipe_table,
+  recipes,
+  sample_options,
+)
 from train.errors import UserError
 from train.watch_options import WatchOptions
 
@@ -41,6 +48,7 @@ def run(prog: str, argv: list[str] | None) -> int:
   )
   _add_demo(commands)
   _add_run(commands)
+  prepare_command.add(commands)
   _add_report(commands)
   _add_sample(commands)
   _add_recipes(commands)

@@ -11,6 +11,7 @@ from typing import Any
 from models import families
 from models.config import DecoderConfig, LlamaConfig
 from train import errors
+from train.data import layouts
 
 # 256 bytes and the end-of-text token.
 _MIN_VOCAB_SIZE = 257
@@ -22,16 +23,29 @@ _LARGEST_FLOAT32 = 3.4e38
 class DataConfig:
   """Where the text comes from and how it becomes batches."""
 
+  prepared: str = ''
+  """What `python -m train prepare` has written, instead of text: a directory;
+  or several with weights, 'A=3,B=1', which may change at a step,
+  'A=3,B=1;1000:A=1,B=1'."""
   files: str = ''
-  """Glob of .txt, .jsonl or .json files ('**' recurses); empty: the corpus.
-  A .json file holds one object a line, as .jsonl does."""
+  """Glob of .txt, .jsonl, .json or .parquet files ('**' recurses), the first
+  three also as .gz, .zst or .xz; empty: the corpus. A .json file holds one
+  object a line, as .jsonl does."""
   corpus: str = 'wikipedia_leads'
   """A corpus known by name (`train/data/corpora.py`), where files is empty."""
   text_field: str = 'text'
-  """Key of the text in a line of JSON."""
+  """Key of the text in a line of JSON, or its column."""
+  skip_bad: bool = False
+  """Whether documents that cannot be used are left out, and not an error."""
+  tokenizer: str = ''
+  """A file, folder or hub id of a sentencepiece model, tiktoken ranks or a
+  tokenizer.json; empty: one is trained."""
   vocab_size: int = 2048
-  """Tokens in the byte-level BPE vocabulary trained on the train split: at
-  least 257, the bytes and end-of-text."""
+  """Tokens in the byte-level BPE vocabulary trained on the train split, where
+  tokenizer is empty: at least 257, the bytes and end-of-text."""
+  layout: str = ''
+  """How documents become sequences: 'stream', 'random', 'truncate' or 'packed'
+  (docs/data.md); empty: as prepared, or else 'stream'."""
   sequence_length: int = 128
   """Tokens that the model sees at once."""
   batch_size: int = 16
@@ -64,6 +78,17 @@ class DataConfig:
       )
     if not self.text_field:
       raise errors.UserError('--data.text_field must not be empty')
+    if self.layout not in ('', *layouts.LAYOUTS):
+      raise errors.UserError(
+        f'--data.layout must be one of {", ".join(layouts.LAYOUTS)}, not'
+        f' {self.layout!r}'
+      )
+    for name in ('files', 'tokenizer'):
+      if self.prepared and getattr(self, name):
+        raise errors.UserError(
+          f'--data.{name} does not go with --data.prepared, which holds text'
+          ' and tokenizer'
+        )
 
 
 @dataclasses.dataclass(frozen=True)

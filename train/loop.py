@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from etils import epath
 
 from train import (
-  data,
   distributed,
   hardware,
   interrupt,
@@ -23,6 +22,8 @@ from train import (
 from train import step as step_lib
 from train.checkpoint import Checkpoints
 from train.config import Config, to_dict
+from train.data import dataset as data
+from train.data.prefetch import Prefetch
 from train.digest import params_digest
 from train.errors import DivergedError, UserError
 from train.feed import Feed
@@ -54,18 +55,21 @@ class Result:
 
 
 def resolve(config: Config, dataset: data.Dataset) -> Config:
-  """Sizes the model's vocabulary for the tokenizer where it is left open.
+  """Says what is left open: the layout, and the model's vocabulary.
 
   Raises:
     UserError: the vocabulary asked for is too small.
   """
+  config = dataclasses.replace(config, data=dataset.config)
   if config.model.vocab_size == 0:
-    model = dataclasses.replace(config.model, vocab_size=dataset.vocab_size)
+    model = dataclasses.replace(
+      config.model, vocab_size=dataset.tokenizer.padded_vocab_size
+    )
     return dataclasses.replace(config, model=model)
-  if config.model.vocab_size < dataset.vocab_size:
+  if config.model.vocab_size < dataset.tokenizer.vocab_size:
     raise UserError(
       f'--model.vocab_size ({config.model.vocab_size}) must be at least the '
-      f"tokenizer's ({dataset.vocab_size})"
+      f"tokenizer's ({dataset.tokenizer.vocab_size})"
     )
   return config
 
@@ -128,7 +132,7 @@ def _go_on(config, directory, dataset, mesh, name, stop_at, watch) -> Result:
 
 def _open(path: epath.Path, config: Config, dataset: data.Dataset) -> RunDir:
   """One process makes the directory, then all others find it made."""
-  parts = path, config, dataset.source_hash, dataset.tokenizer.to_json()
+  parts = path, config, dataset.source_hash, dataset.tokenizer
   main = distributed.is_main()
   with distributed.together():
     directory = RunDir(*parts) if main else None
@@ -163,8 +167,9 @@ class _Run:
       statistics.program(config, mesh) if watch.layer_statistics else None
     )
     self.feed = Feed(mesh, config.data.batch_size)
-    self.batches = dataset.train(config.seed)
     rows = self.feed.rows
+    batches = dataset.train(config.seed)
+    self.read = lambda index: batches.rows(index, rows)
     self.held_out = [
       self.feed({name: array[rows] for name, array in batch.items()})
       for batch in dataset.validation()
@@ -263,13 +268,15 @@ class _Run:
     gc.collect()
     gc.freeze()
     gc.disable()
+    batches = Prefetch(self.read, self.step)
     try:
-      return self._steps()
+      return self._steps(batches)
     finally:
+      batches.close()
       gc.enable()
       gc.unfreeze()
 
-  def _steps(self) -> str:
+  def _steps(self, batches: Prefetch) -> str:
     every_eval = self.config.eval_every
     self.skipped = int(self.state.guard.skipped)
     evaluated = None  # The last step that was, and its loss.
@@ -277,7 +284,7 @@ class _Run:
     self.monitor.status('compiling')
     while self.step < self.last and not self.signals.stop():
       self.profiler.step(self.step + 1)
-      batch, seconds = self._next_batch(pending)
+      batch, seconds = self._next_batch(batches, pending)
       norms = self._measure(batch)
       self.state, metrics = self.programs.train_step(self.state, batch)
       self.step += 1
@@ -309,11 +316,11 @@ class _Run:
     return 'interrupted' if self.signals.received else 'stopped'
 
   def _next_batch(
-    self, pending: '_Pending | None'
+    self, batches: Prefetch, pending: '_Pending | None'
   ) -> tuple[dict[str, jax.Array], float]:
     """The batch, and seconds that the devices waited for it, at most."""
     start = time.monotonic()
-    batch = self.feed(self.batches.rows(self.step, self.feed.rows))
+    batch = self.feed(batches.next(self.step))
     idle = pending is None or pending.metrics['loss'].is_ready()
     return batch, time.monotonic() - start if idle else 0.0
 

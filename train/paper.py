@@ -14,8 +14,9 @@ authors' code, [?] not known, chosen here.
 - Evaluation: every 200 steps, on 100 micro-batches [C]; they have 32 x 256
   tokens, and come from 0.5 % of the documents [?].
 
-Here documents are packed whole; the authors cut each document of C4 at 257
-tokens and do not pack [C].
+- Sequences: of C4, each document cut at 257 tokens, not packed, padding ignored
+  in the loss; of OpenWebText, random windows of the token stream [C]. Tokens
+  are counted with the padding [?].
 """
 
 import math
@@ -39,13 +40,15 @@ class _Corpus(NamedTuple):
   batch_size: int
   cos_ratio: float
   """Of the learning rate, after a cosine."""
+  layout: str
+  """How documents become sequences."""
 
 
 CORPORA = {
-  # Batch [P][C], ratio [C].
-  'c4': _Corpus('t5', 32100, 512, 1 / 10),
-  # Batch [?], as many tokens as on C4; ratio [C].
-  'openwebtext': _Corpus('gpt2', 50257, 128, 1 / 20),
+  # Batch [P][C], ratio and layout [C].
+  'c4': _Corpus('t5', 32100, 512, 1 / 10, 'truncate'),
+  # Batch [?], as many tokens as on C4; ratio and layout [C].
+  'openwebtext': _Corpus('gpt2', 50257, 128, 1 / 20, 'random'),
 }
 # All but the one that is there for laptops.
 NAMES = tuple(name for name in presets.PRESETS if 'laptop' not in name)
@@ -71,6 +74,7 @@ def config(name: str, corpus: str = 'c4', schedule: str = 'cos') -> Config:
     data=DataConfig(
       corpus=corpus,
       vocab_size=text.tokenizer,
+      layout=text.layout,
       sequence_length=vocabulary.length,
       batch_size=text.batch_size,
       validation_fraction=0.005,

@@ -15,6 +15,7 @@ import jax
 from etils import epath
 
 from train.config import Config, to_dict
+from train.data import tokenizer as tokenizer_lib
 from train.errors import UserError
 from train.lock import FileLock, ObjectLock
 from train.metrics_file import MetricsFile, parse
@@ -34,12 +35,12 @@ _LINES = _METRICS, 'events.jsonl'
 _BORN: tuple[set[str], ...] = (
   set(),
   {'run.json'},
-  {'run.json', 'tokenizer.json'},
+  *({'run.json', name} for name in tokenizer_lib.FILES),
 )
 
 # What a process killed in `write_atomically` leaves of a run's own files.
 _LEFTOVER = re.compile(
-  r'(config\.json|run\.json|tokenizer\.json|metrics\.jsonl|events\.jsonl)'
+  r'(config\.json|run\.json|tokenizer\.\w+|metrics\.jsonl|events\.jsonl)'
   r'\.\d+\.tmp'
 )
 
@@ -51,7 +52,7 @@ class RunDir:
     path: The directory.
     config: The resolved configuration.
     source_hash: Of the text, vocabulary and split.
-    tokenizer: The vocabulary, in the `tokenizers` JSON format.
+    tokenizer: Its file is kept in the directory.
     writes: Whether this process makes and writes the directory; another has
       opened it before if not, and this one then only reads.
 
@@ -65,7 +66,7 @@ class RunDir:
     path: epath.PathLike,
     config: Config,
     source_hash: str,
-    tokenizer: str,
+    tokenizer: tokenizer_lib.Tokenizer,
     *,
     writes: bool = True,
   ):
@@ -246,15 +247,18 @@ class RunDir:
       self._lock.release()
 
   def _open(
-    self, wanted: dict[str, Any], source_hash: str, tokenizer: str
+    self,
+    wanted: dict[str, Any],
+    source_hash: str,
+    tokenizer: tokenizer_lib.Tokenizer,
   ) -> None:
     path = self.path
     devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
     if (path / 'config.json').exists():
       self.moved = check_same(path, wanted, source_hash, devices)
       # An older version wrote no vocabulary.
-      if not (path / 'tokenizer.json').exists():
-        write_atomically(path / 'tokenizer.json', tokenizer)
+      if not (path / tokenizer.file_name).exists():
+        write_atomically(path / tokenizer.file_name, tokenizer.content)
       return
     facts = {
       'source_hash': source_hash,
@@ -263,7 +267,7 @@ class RunDir:
     }
     # config.json last: it marks a run directory as one.
     write_atomically(path / 'run.json', _dumps(facts))
-    write_atomically(path / 'tokenizer.json', tokenizer)
+    write_atomically(path / tokenizer.file_name, tokenizer.content)
     write_atomically(path / 'config.json', _dumps(wanted))
 
 

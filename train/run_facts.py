@@ -20,6 +20,9 @@ _LAYOUT = ('mesh', 'accumulate')
 # Of the configuration: what changes nothing of what is trained.
 _FREE = ('keep',)
 
+# Of the data: where it lies; what it is, its hash tells.
+_PLACES = ('prepared', 'tokenizer')
+
 
 def versions() -> dict[str, str]:
   """Of Python and of the packages that a run's numbers depend on."""
@@ -61,6 +64,9 @@ def check_same(
     ) from error
   layout = {key: found.get(key, wanted[key]) for key in _LAYOUT}
   same = layout | {key: wanted[key] for key in _FREE}
+  if isinstance(data := found.get('data'), dict):
+    places = {key: wanted['data'][key] for key in _PLACES}
+    found = found | {'data': data | places}
   differences = _differences(found | same, wanted | same)
   if facts.get('source_hash') != source_hash and not differences:
     differences = ['the text or vocabulary has changed']

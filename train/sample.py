@@ -73,7 +73,7 @@ def load(folder: pathlib.Path, step: int | None = None) -> Source:
       f'({reason}): sample it with that version, or train it again, in another '
       '--run-dir'
     ) from error
-  tokenizer = PromptTokenizer.of_run(folder)
+  tokenizer = PromptTokenizer.of_run(folder, run.data.layout)
   model = _restore(run.model, folder / 'checkpoints', step, mesh)
   return Source(model, tokenizer, run.data.sequence_length)
 
@@ -162,7 +162,7 @@ def _check(source: Source, prompt: list[int], tokens: int) -> None:
   if max(prompt) >= vocab_size:
     raise UserError(
       f'the prompt has token {max(prompt)}, the model only {vocab_size}: '
-      'tokenizer.json is of another model'
+      'the tokenizer is of another model'
     )
   total = len(prompt) + tokens
   if source.length is not None and total > source.length:

@@ -23,6 +23,7 @@ from models.decoder import (
 )  # fmt: skip
 from train import deterministic, guard
 from train.config import Config, GuardConfig
+from train.data import layouts
 from train.mesh import batch_sharding, check, replicated
 from train.optimizer import Optimizer, make_optimizer
 
@@ -72,7 +73,8 @@ class Programs(NamedTuple):
   state: TrainState
   """`jax.ShapeDtypeStruct`s with shardings."""
   batch: dict[str, jax.ShapeDtypeStruct]
-  """Likewise: 'tokens', int32 (batch, length + 1)."""
+  """Likewise, as `train.data.layouts.to_batch` makes it: 'tokens', int32 (batch,
+  length + 1), and what else the layout of the data has."""
 
 
 def programs(
@@ -115,9 +117,13 @@ def programs(
     shardings,
   )
   rows, length = config.data.batch_size, config.data.sequence_length
-  tokens = jax.ShapeDtypeStruct(
-    (rows, length + 1), jnp.int32, sharding=batch_sharding(mesh)
-  )
+  split = batch_sharding(mesh)
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+    for name, (shape, dtype) in layouts.batch_shapes(
+      config.data.layout or 'stream', length
+    ).items()
+  }
   step = functools.partial(
     train_step, graph, optimizer, config.guard, mesh, config.accumulate
   )
@@ -141,7 +147,7 @@ def programs(
       compiler_options=same_bits,
     ),
     state=state,
-    batch={'tokens': tokens},
+    batch=batch,
   )
 
 
@@ -193,7 +199,7 @@ def train_step(
     mesh: Where it runs; static.
     accumulate: Micro-batches to take the batch in; static.
     state: To be donated.
-    batch: 'tokens', int32 (batch, length + 1).
+    batch: As in `Programs`.
 
   Returns:
     The state after the step; and of before it `models.decoder.mean_losses`,
@@ -310,8 +316,8 @@ def eval_step(
   Args:
     graph: The model's structure; static.
     params: Its parameters.
-    batch: 'tokens', int32 (batch, length + 1), and 'weights', float32 (batch,
-      length), 0 on padding.
+    batch: As in `Programs`, and 'weights', float32 (batch, length), 0 on
+      padding.
 
   Returns:
     The weighted sum of the cross-entropy in nats, and the sum of weights.
@@ -323,5 +329,9 @@ def eval_step(
 def _loss_sums(model: Decoder, batch: dict[str, jax.Array]) -> LossSums:
   tokens_BU = batch['tokens']
   return model.loss_sums(
-    tokens_BU[:, :-1], tokens_BU[:, 1:], batch.get('weights')
+    tokens_BU[:, :-1],
+    tokens_BU[:, 1:],
+    batch.get('weights'),
+    batch.get('positions'),
+    batch.get('segments'),
   )

@@ -56,21 +56,23 @@ def is_local(path: epath.PathLike) -> bool:
   return '://' not in os.fspath(path)
 
 
-def write_atomically(path: Any, text: str) -> None:
+def write_atomically(path: Any, content: str | bytes) -> None:
   """Writes a file that is never seen half-written, on a disk durably.
 
   Args:
     path: A `pathlib.Path` or an `epath.Path`.
-    text: All of it.
+    content: All of it; text becomes UTF-8.
   """
+  if isinstance(content, str):
+    content = content.encode('utf-8')
   if not is_local(path):
-    path.write_text(text)
+    path.write_bytes(content)
     return
   path = pathlib.Path(path)
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    with temporary.open('w', encoding='utf-8') as file:
-      file.write(text)
+    with temporary.open('wb') as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import time
+import types
 
 import pytest
 from etils import epath
@@ -21,6 +22,7 @@ from train.run_log import read_run
 
 CONFIG = Config()
 PLACE = epath.Path('gs://bucket/runs/one')
+VOCABULARY = types.SimpleNamespace(file_name='tokenizer.json', content=b'{}')
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def run(store):
 
 
 def open_run(config=CONFIG, **kwargs):
-  return RunDir(PLACE, config, 'hash', '{"a": 1}', **kwargs)
+  return RunDir(PLACE, config, 'hash', VOCABULARY, **kwargs)
 
 
 def train_line(step):
@@ -181,7 +183,7 @@ def test_a_process_that_does_not_write(store, run):
   assert before.items() <= store.objects.items()
   assert len(store.objects) == len(before) + 1
   with pytest.raises(UserError, match='does not see'):
-    RunDir(PLACE / 'none', CONFIG, 'hash', '{}', writes=False)
+    RunDir(PLACE / 'none', CONFIG, 'hash', VOCABULARY, writes=False)
 
 
 def test_a_store_that_is_away_for_a_while(store, monkeypatch):

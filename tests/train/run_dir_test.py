@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import time
+import types
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from tests.train.syncs import watch_syncs
 from train import metrics_file
 from train.config import (
   Config,
+  DataConfig,
   KeepConfig,
   MeshConfig,
   OptimizerConfig,
@@ -24,7 +26,9 @@ from train.run_dir import RunDir
 from train.storage import make_directory, sync_directory, write_atomically
 
 CONFIG = Config()
-VOCABULARY = '{"über": 1}'
+VOCABULARY = types.SimpleNamespace(
+  file_name='tokenizer.json', content='{"über": 1}'.encode()
+)
 POWER = dataclasses.replace(
   CONFIG, optimizer=OptimizerConfig(power=1.25), steps=2000
 )
@@ -210,10 +214,10 @@ def test_a_foreign_directory_is_left_alone(tmp_path, name):
 
 def test_it_holds_the_vocabulary(run):
   path = run.path / 'tokenizer.json'
-  assert path.read_text('utf-8') == VOCABULARY
+  assert path.read_bytes() == VOCABULARY.content
   path.unlink()  # As an older version made it.
   again(run)
-  assert path.read_text('utf-8') == VOCABULARY
+  assert path.read_bytes() == VOCABULARY.content
 
 
 def test_the_vocabulary_of_another_is_left_alone(tmp_path):
@@ -225,10 +229,10 @@ def test_the_vocabulary_of_another_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize('killed', ['tokenizer.json', 'config.json'])
 def test_a_run_killed_at_birth_begins_again(tmp_path, monkeypatch, killed):
-  def write(path, text):
+  def write(path, content):
     if path.name == killed:
       raise KeyboardInterrupt
-    write_atomically(path, text)
+    write_atomically(path, content)
 
   with monkeypatch.context() as patch:
     patch.setattr('train.run_dir.write_atomically', write)
@@ -238,6 +242,27 @@ def test_a_run_killed_at_birth_begins_again(tmp_path, monkeypatch, killed):
   run = RunDir(tmp_path, CONFIG, 'hash', VOCABULARY)
   run.close()
   assert {'config.json', 'run.json', 'tokenizer.json'} <= set(contents(run))
+
+
+def test_it_is_the_same_run_wherever_its_data_lie(run):
+  def moved(**data):
+    return dataclasses.replace(CONFIG, data=DataConfig(**data))
+
+  again(run, moved(prepared='elsewhere'))
+  again(run, moved(tokenizer='elsewhere.json'))
+  with pytest.raises(UserError, match='the text or vocabulary has changed'):
+    again(run, moved(prepared='elsewhere'), source_hash='another')
+  with pytest.raises(UserError, match="--data.layout is '' there, 'packed'"):
+    again(run, moved(layout='packed'))
+
+
+def test_a_vocabulary_of_another_kind_keeps_its_name(tmp_path):
+  vocabulary = types.SimpleNamespace(
+    file_name='tokenizer.model', content=b'\x00\xff'
+  )
+  RunDir(tmp_path, CONFIG, 'hash', vocabulary).close()
+  assert (tmp_path / 'tokenizer.model').read_bytes() == b'\x00\xff'
+  assert not (tmp_path / 'tokenizer.json').exists()
 
 
 def test_an_empty_directory_and_one_cut_off_at_birth_are_taken(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 from etils import epath
@@ -8,6 +9,8 @@ from train.config import Config
 from train.errors import UserError
 from train.run_dir import RunDir
 from train.run_log import Event, read_run
+
+VOCABULARY = types.SimpleNamespace(file_name='tokenizer.json', content=b'{}')
 
 
 def train_line(step, **more):
@@ -31,7 +34,7 @@ def write_events(directory, *lines):
 
 
 def test_what_a_run_writes_is_what_is_read(tmp_path):
-  run = RunDir(tmp_path, Config(), 'hash', '{}')
+  run = RunDir(tmp_path, Config(), 'hash', VOCABULARY)
   run.log(
     train_line(
       1, grad_norm=2.0, clipped_norm=1.0, powered_norm=0.5, skipped=0,

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from models.decoder import total_loss
 from models.llama import Llama
 from train import step as step_lib
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from train.data import layouts
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
 
@@ -267,3 +269,34 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(where):
       np.testing.assert_array_equal, getattr(after, name), getattr(twice, name)
     )
   assert (metrics['skipped'], metrics['bad_in_row']) == (1, 0)
+
+
+def test_a_packed_row_is_its_documents_one_by_one():
+  documents = [TOKENS[0, :4], TOKENS[1, :6], TOKENS[2, :9], TOKENS[3, :0]]
+  lengths = np.array([len(tokens) for tokens in documents])
+  stored = layouts.packed(np.concatenate(documents), lengths, 256, 12)
+  batch = layouts.to_batch('packed', stored)
+  assert len(batch['tokens']) < len(documents)
+  loss, weight = EVAL_STEP(initial().params, batch)
+  alone = 0.0
+  for tokens in documents:
+    row = np.full((1, 13), 256, np.int32)  # It begins and ends a document.
+    row[0, 1 : 1 + len(tokens)] = tokens
+    losses = cross_entropy(logits(row), row[:, 1:])
+    alone += losses[0, : len(tokens) + 1].sum()
+  assert float(weight) == lengths.sum() + len(documents)
+  assert float(loss) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize('layout', layouts.LAYOUTS)
+def test_a_program_takes_the_batches_of_a_layout(layout):
+  config = dataclasses.replace(
+    CONFIG, data=dataclasses.replace(CONFIG.data, layout=layout)
+  )
+  programs = step_lib.programs(config, ALONE)
+  stored = {
+    name: np.ones((8, *shape), dtype)
+    for name, (shape, dtype) in layouts.features(layout, 12, 'uint16').items()
+  }
+  batch = layouts.to_batch(layout, stored)
+  chex.assert_trees_all_equal_shapes_and_dtypes(programs.batch, batch)

@@ -1,6 +1,4 @@
-"""Text to batches: sources, a vocabulary, a cache of tokens, a loader."""
+"""Text to batches: sources, tokenizers, layouts, prepared data, a loader.
 
-from train.data.cache import default_directory
-from train.data.dataset import Dataset, load
-
-__all__ = ['Dataset', 'default_directory', 'load']
+Nothing is imported here: what prepares data in many processes needs no JAX.
+"""

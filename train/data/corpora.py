@@ -1,53 +1,58 @@
-"""Corpora known by name, and the one way to the documents of a config."""
+"""Corpora known by name."""
 
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
-from train import config as config_lib
 from train import errors
-from train.data import text_files, wikipedia
+from train.data import source
+
+OPTION = '--corpus'
 
 
-class Documents(Protocol):
-  """A corpus: texts that can be read again and again, in a fixed order."""
+def _wikipedia_leads(cache_dir: pathlib.Path) -> source.Source:
+  from train.data import wikipedia  # TFDS takes half a second.
 
-  def digest(self) -> str:
-    """Returns a string that changes when the texts do."""
-
-  def __iter__(self) -> Iterator[str]:
-    """Reads the texts; none is blank."""
+  return wikipedia.Wikipedia(cache_dir)
 
 
-CORPORA: dict[str, Callable[[pathlib.Path], Documents]] = {
-  'wikipedia_leads': wikipedia.Documents,
+CORPORA: dict[str, Callable[[pathlib.Path], source.Source]] = {
+  'wikipedia_leads': _wikipedia_leads,
+}
+
+# The paper's, which are not fetched: how to prepare one's own copy.
+_OWN_COPY = {
+  'c4': (
+    "--files 'c4/en/*.json.gz' --tokenizer t5.spiece.model --layout truncate"
+    ' --seq 256'
+  ),
+  'openwebtext': (
+    "--files 'openwebtext/*.parquet' --tokenizer gpt2.tiktoken --layout random"
+    ' --seq 1024'
+  ),
 }
 
 
-# Known to recipes, but not fetched: where a copy might lie.
-_OWN_COPY = {'c4': 'c4/*.json', 'openwebtext': 'openwebtext/*.jsonl'}
+def open_corpus(
+  name: str, cache_dir: pathlib.Path, option: str = OPTION
+) -> source.Source:
+  """Returns a corpus, of which nothing is read yet.
 
-
-def open_documents(
-  config: config_lib.DataConfig, cache_dir: pathlib.Path
-) -> Documents:
-  """Returns the documents that `config` asks for.
+  Args:
+    name: One of `CORPORA`.
+    cache_dir: Where a corpus that is fetched is kept.
+    option: The name of the option that gave the name.
 
   Raises:
-    UserError: no such corpus, or as `text_files.find`.
+    UserError: there is none of that name, or it is not fetched.
   """
-  if config.files:
-    return text_files.TextFiles(config.files, config.text_field)
-  if config.corpus in _OWN_COPY:
+  if name in _OWN_COPY:
     raise errors.UserError(
-      f'--data.corpus {config.corpus} cannot be fetched yet: name your own'
-      f" copy, decompressed, as --data.files '{_OWN_COPY[config.corpus]}' (an"
-      f' object a line, its text under {config.text_field!r}); a vocabulary of'
-      f' {config.vocab_size} tokens is then trained on it'
+      f'{option} {name} is not fetched: prepare your own copy once, as in'
+      f' `python -m train prepare {_OWN_COPY[name]} --out DIR`, and train on it'
+      ' with `--data.prepared DIR`'
     )
-  if config.corpus not in CORPORA:
+  if name not in CORPORA:
     raise errors.UserError(
-      f'--data.corpus: there is no {config.corpus!r}, only'
-      f' {", ".join(sorted(CORPORA))}'
+      f'{option}: there is no {name!r}, only {", ".join(sorted(CORPORA))}'
     )
-  return CORPORA[config.corpus](cache_dir)
+  return CORPORA[name](cache_dir)

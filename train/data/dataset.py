@@ -1,61 +1,83 @@
 """The data of a run: from a `DataConfig` to batches of tokens."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 
 from train import config as config_lib
 from train import errors
-from train.data import cache, corpora, corpus, loader, tokenizer
+from train.data import (
+  cache,
+  corpora,
+  layouts,
+  loader,
+  mixture,
+  prepare,
+  prepared,
+  source,
+  stats,
+  text_files,
+  tokenizer,
+)
 
 _logger = logging.getLogger('train.data')
+
+# Text of more bytes is tokenized by a process a core: they take a second to
+# start.
+_SMALL = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Tokens of both splits, ready to be batched."""
+  """Prepared windows of both splits, ready to be batched."""
 
   config: config_lib.DataConfig
-  corpus: corpus.TokenCorpus
+  """Its layout is set."""
+  sources: Sequence[prepared.Prepared]
+  """One, or those of a mixture; of one vocabulary, length and kind of layout."""
+  stages: Sequence[mixture.Stage]
+  """What share of the rows is whose, and from which step on."""
 
   @property
   def tokenizer(self) -> tokenizer.Tokenizer:
     """The vocabulary."""
-    return self.corpus.tokenizer
-
-  @property
-  def vocab_size(self) -> int:
-    """Tokens in the vocabulary, fewer than asked where the text is small."""
-    return self.tokenizer.vocab_size
+    return self.sources[0].tokenizer
 
   @property
   def documents(self) -> dict[str, int]:
     """Number of documents by split, 'train' and 'validation'."""
-    return dict(self.corpus.documents)
+    return self._sums('documents')
 
   @property
   def tokens(self) -> dict[str, int]:
-    """Number of tokens by split, with an end-of-text around each document."""
-    return {name: len(s) for name, s in self.corpus.streams.items()}
+    """Number of tokens by split, with an end-of-text after each document."""
+    return self._sums('tokens')
 
   @property
   def source_hash(self) -> str:
-    """Identifies text, vocabulary and split; a resumed run compares it."""
-    return self.corpus.source_hash
+    """Identifies text, vocabulary, split and mixture; a resume compares it."""
+    digests = [source.stats.digest() for source in self.sources]
+    if len(digests) == 1:
+      return digests[0]
+    stages = [dataclasses.astuple(stage) for stage in self.stages]
+    return hashlib.sha256(json.dumps([digests, stages]).encode()).hexdigest()
 
   def train(self, seed: int) -> loader.Batches:
     """Returns batches without end; batch i depends on (seed, i) alone.
 
     Args:
       seed: any integer from 0.
-
-    Returns:
-      An object whose item i is `{'tokens': int32 (B, T + 1)}`: inputs are
-      `tokens[:, :-1]`, targets `tokens[:, 1:]`.
     """
-    windows = self._train_windows
-    return loader.Batches(windows, self.config.batch_size, seed)
+    return loader.Batches(
+      self._windows('train'),
+      self.config.batch_size,
+      seed,
+      [(stage.first_step, stage.weights) for stage in self.stages],
+    )
 
   def check_steps(self, steps: int) -> None:
     """Checks that so many steps are allowed to have their batches.
@@ -63,41 +85,49 @@ class Dataset:
     Raises:
       UserError: they need more than the text, which may not be repeated.
     """
-    windows, size = len(self._train_windows), self.config.batch_size
-    if not self.config.repeat and steps * size > windows:
-      raise errors.UserError(
-        f'--steps ({steps:,}) x --data.batch_size ({size:,}) needs'
-        f' {steps * size:,} windows, the training split has {windows:,}: lower'
-        f' --steps to {windows // size:,}, give more text, or let it be read'
-        ' again with --data.repeat true'
-      )
+    if self.config.repeat:
+      return
+    taken = self.train(seed=0).taken(steps)
+    for source, rows in zip(self.sources, taken, strict=True):
+      windows = source.stats.windows['train']
+      if rows > windows:
+        raise errors.UserError(
+          f'--steps ({steps:,}) x --data.batch_size'
+          f' ({self.config.batch_size:,}) needs {rows:,} windows, the training'
+          f' split has {windows:,}: lower --steps to'
+          f' {steps * windows // rows:,}, give more text, or let it be read'
+          ' again with --data.repeat true'
+        )
 
   def validation(self) -> list[dict]:
     """Returns the fixed batches that every evaluation scores.
 
-    Returns:
-      A list of `{'tokens': int32 (B, T + 1), 'weights': float32 (B, T)}`; a
-      target of weight 0 is padding.
+    They have 'weights' always: a target of weight 0 is padding.
     """
     return loader.validation_batches(
-      self.corpus.streams['validation'],
-      self.config.sequence_length,
+      self._windows('validation'),
       self.config.batch_size,
       self.config.validation_tokens,
     )
 
-  @property
-  def _train_windows(self) -> loader.Windows:
-    return loader.Windows(
-      self.corpus.streams['train'], self.config.sequence_length
-    )
+  def _windows(self, split: str) -> list[prepared.Windows]:
+    windows = [source.windows(split) for source in self.sources]
+    for each in windows:  # A stream's can be read in two ways.
+      each.layout = self.config.layout
+    return windows
+
+  def _sums(self, name: str) -> dict[str, int]:
+    return {
+      split: sum(getattr(source.stats, name)[split] for source in self.sources)
+      for split in stats.SPLITS
+    }
 
 
 def load(
   config: config_lib.DataConfig,
   cache_dir: str | os.PathLike | None = None,
 ) -> Dataset:
-  """Reads, splits and tokenizes the text, or finds that done in the cache.
+  """Opens prepared data, or prepares text, or finds that done in the cache.
 
   The user's files are hashed whole every time, so the cache is never stale.
 
@@ -110,18 +140,18 @@ def load(
     UserError: the text cannot be had or read, it is too short for one batch
       or one held-out window, or the cache cannot be written.
   """
-  if cache_dir is None:
-    cache_dir = cache.default_directory()
-  directory = pathlib.Path(cache_dir).expanduser().absolute()
-  documents = corpora.open_documents(config, directory)
-  dataset = Dataset(
-    config,
-    corpus.prepare(
-      documents, config.vocab_size, config.validation_fraction, directory
-    ),
-  )
+  if config.prepared:
+    spec = mixture.parse(config.prepared)
+    sources, stages = prepared.open_all(spec.directories), spec.stages
+  else:
+    if cache_dir is None:
+      cache_dir = cache.default_directory()
+    directory = pathlib.Path(cache_dir).expanduser().absolute()
+    sources = [_from_text(config, directory)]
+    stages = (mixture.Stage(0, (1.0,)),)
+  dataset = Dataset(_resolved(config, sources[0]), sources, stages)
   _check_length(dataset)
-  for name in corpus.SPLITS:
+  for name in stats.SPLITS:
     _logger.info(
       '%s: %s documents, %s tokens',
       name,
@@ -131,21 +161,85 @@ def load(
   return dataset
 
 
+def _from_text(
+  config: config_lib.DataConfig, directory: pathlib.Path
+) -> prepared.Prepared:
+  """Prepares a config's text in the cache."""
+  text = (
+    text_files.TextFiles(
+      config.files, config.text_field, ('--data.files', '--data.text_field')
+    )
+    if config.files
+    else corpora.open_corpus(config.corpus, directory, '--data.corpus')
+  )
+  vocabulary: tokenizer.Tokenizer | int = config.vocab_size
+  if config.tokenizer:
+    vocabulary = tokenizer.open_tokenizer(config.tokenizer, '--data.tokenizer')
+  request = source.Request(
+    layout=_stored(config.layout),
+    sequence_length=config.sequence_length,
+    validation_fraction=config.validation_fraction,
+    skip_bad=config.skip_bad,
+  )
+  parts = text.parts()
+  key = [
+    stats.FORMAT,
+    [part.digest() for part in parts],
+    vocabulary if isinstance(vocabulary, int) else vocabulary.digest(),
+    dataclasses.astuple(request),
+  ]
+  name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+  small = sum(part.size for part in parts) < _SMALL
+
+  def build(temporary: pathlib.Path) -> None:
+    prepare.prepare(
+      text,
+      vocabulary,
+      request,
+      temporary,
+      workers=1 if small else os.cpu_count() or 1,
+    )
+
+  target = directory / 'prepared' / name
+  return prepared.Prepared(cache.build_once(target, build))
+
+
+def _stored(layout: str) -> str:
+  """The layout whose files serve this one."""
+  return 'stream' if layout in ('', *layouts.CONTIGUOUS) else layout
+
+
+def _resolved(
+  config: config_lib.DataConfig, found: prepared.Prepared
+) -> config_lib.DataConfig:
+  """Sets the layout, and checks that the windows are those asked for."""
+  there = found.stats
+  if there.sequence_length != config.sequence_length:
+    raise errors.UserError(
+      f'{config.prepared} holds windows of {there.sequence_length} tokens, not'
+      f' {config.sequence_length}: give --data.sequence_length'
+      f' {there.sequence_length}, or prepare with --seq'
+      f' {config.sequence_length}'
+    )
+  layout = config.layout or (there.layout if config.prepared else 'stream')
+  if _stored(layout) != _stored(there.layout):
+    raise errors.UserError(
+      f'{config.prepared} was prepared in the layout {there.layout}, not'
+      f' {layout}: give --data.layout {there.layout}, or prepare with --layout'
+      f' {layout}'
+    )
+  return dataclasses.replace(config, layout=layout)
+
+
 def _check_length(dataset: Dataset) -> None:
   config = dataset.config
-  needed = config.batch_size * config.sequence_length + 1
-  if dataset.tokens['train'] < needed:
-    raise errors.UserError(
-      f'the training split has {dataset.tokens["train"]:,} tokens'
-      f' ({dataset.documents["train"]:,} documents), one batch needs'
-      f' {needed:,}: give more text with --data.files, or lower'
-      ' --data.batch_size or --data.sequence_length'
-    )
-  needed = config.sequence_length + 1
-  if dataset.tokens['validation'] < needed:
-    raise errors.UserError(
-      f'the validation split has {dataset.tokens["validation"]:,} tokens'
-      f' ({dataset.documents["validation"]:,} documents), one window needs'
-      f' {needed:,}: raise --data.validation_fraction, lower'
-      ' --data.sequence_length, or give more text with --data.files'
-    )
+  for place in dataset.sources:
+    windows = place.stats.windows['train']
+    if windows < config.batch_size:
+      raise errors.UserError(
+        f'the training split has {windows:,} windows of'
+        f' {config.sequence_length} tokens'
+        f' ({place.stats.documents["train"]:,} documents), one batch needs'
+        f' {config.batch_size:,}: give more text, or lower --data.batch_size'
+        ' or --data.sequence_length'
+      )

@@ -1,112 +1,169 @@
-"""Windows of a token stream, and batches of windows in Grain's order."""
+"""Batches: for training, without end, and those that an evaluation scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
-import grain
 import numpy as np
+
+from train.data import layouts, order
 
 Batch = Mapping[str, np.ndarray]
 
 
-class Windows:
-  """Cuts a stream into windows of `length` inputs and their targets.
+class Windows(Protocol):
+  """A split of a prepared source; see `train.data.prepared.Windows`."""
 
-  Window i holds tokens [i * length, (i + 1) * length], both ends included:
-  the last token is a target here and an input in window i + 1. So each token
-  but the stream's first is a target once. What is left at the end, fewer than
-  `length` targets, is in no window.
-  """
-
-  def __init__(self, stream: np.ndarray, length: int):
-    """Wraps `stream`, (tokens,), of which nothing is read yet."""
-    self._stream = stream
-    self._length = length
-    self._offsets = np.arange(length + 1)
+  layout: str
+  length: int
 
   def __len__(self) -> int:
-    return max(0, len(self._stream) - 1) // self._length
+    """Number of windows."""
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Returns `tokens`, int32 (length + 1,)."""
-    return {'tokens': self.__getitems__([index])['tokens'][0]}
+  @property
+  def starts(self) -> int:
+    """Places at which `at` can begin."""
 
   def __getitems__(
     self, indices: Sequence[int] | np.ndarray
   ) -> dict[str, np.ndarray]:
-    """Returns `tokens`, int32 (len(indices), length + 1), in one read."""
-    starts = np.asarray(indices, np.int64) * self._length
-    tokens = self._stream[starts[:, None] + self._offsets]
-    return {'tokens': tokens.astype(np.int32)}
+    """Reads windows, as they are stored."""
+
+  def at(self, starts: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Reads windows of a stream from any token on."""
 
 
 class Batches:
-  """Shuffled batches without end; batch i depends on (seed, i) alone.
+  """Batches without end; batch i depends on (seed, i) alone.
 
-  Every epoch takes each window once, in an order of its own; a batch can span
-  two epochs. Any batch is found without passing over those before it: Grain
-  shuffles by a cipher on the index, not by a table.
+  In layout 'random' each row begins anywhere in the stream. In the others
+  every epoch of a source takes each of its windows once, in an order of its
+  own; a batch can span two epochs.
   """
 
-  def __init__(self, windows: Windows, batch_size: int, seed: int):
+  def __init__(
+    self,
+    sources: Sequence[Windows],
+    batch_size: int,
+    seed: int,
+    stages: Sequence[tuple[int, Sequence[float]]] | None = None,
+  ):
     """Reads nothing yet.
 
     Args:
-      windows: at least one window.
-      batch_size: B, windows in a batch.
-      seed: any integer from 0.
+      sources: At least one, of one layout and length, none without windows.
+      batch_size: B, rows in a batch.
+      seed: Any integer from 0.
+      stages: The first step of each, ascending from 0, and the weight of each
+        source in it; None for equal weights.
     """
-    # Grain seeds epoch e with seed + e: neighbouring seeds would be one order,
-    # an epoch apart. A hash sets them far apart.
-    spread = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
-    self._windows = windows
+    self._sources = sources
     self._batch_size = batch_size
-    self._order = (
-      grain.MapDataset.range(len(windows)).shuffle(seed=spread).repeat(None)
+    self._orders: list[order.Order] = [
+      order.RandomOffsets(windows.starts, seed, number)
+      if windows.layout == 'random'
+      else order.Shuffle(len(windows), seed, number)
+      for number, windows in enumerate(sources)
+    ]
+    self._mixture = order.Mixture(
+      [
+        (first_step * batch_size, weights)
+        for first_step, weights in stages or [(0, [1.0] * len(sources))]
+      ],
+      seed,
     )
 
   def __getitem__(self, index: int) -> Batch:
-    """Returns batch `index`, `{'tokens': int32 (B, T + 1)}`."""
+    """Returns batch `index`; see `layouts.to_batch`."""
     return self.rows(index, range(self._batch_size))
 
   def rows(self, index: int, rows: Sequence[int] | np.ndarray) -> Batch:
-    """Returns some rows of batch `index`, and reads no others."""
-    first = index * self._batch_size
-    # One read: what is in Grain's order are numbers, not the windows.
-    chosen = [self._order[first + int(row)] for row in rows]
-    return self._windows.__getitems__(chosen)
+    """Returns some rows of batch `index`, at least one, and reads no others.
+
+    Raises:
+      UserError: a source cannot be read.
+    """
+    n = index * self._batch_size + np.asarray(rows, np.int64)
+    sources, numbers = self._mixture(n)
+    places, pieces = [], []
+    for source in np.unique(sources).tolist():
+      place = np.flatnonzero(sources == source)
+      places.append(place)
+      pieces.append(self._read(source, numbers[place]))
+    back = np.argsort(np.concatenate(places))
+    arrays = {
+      name: np.concatenate([piece[name] for piece in pieces])[back]
+      for name in pieces[0]
+    }
+    return layouts.to_batch(self._sources[0].layout, arrays)
+
+  def taken(self, steps: int) -> list[int]:
+    """Returns how many rows of each source the first steps take."""
+    return self._mixture.taken(steps * self._batch_size).tolist()
+
+  def _read(self, source: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads a source's examples, in one read."""
+    windows = self._sources[source]
+    wanted = self._orders[source](numbers)
+    if windows.layout == 'random':
+      return windows.at(wanted)
+    return windows.__getitems__(wanted)
 
 
 def validation_batches(
-  stream: np.ndarray, length: int, batch_size: int, max_targets: int
-) -> list[dict[str, Any]]:
+  sources: Sequence[Windows], batch_size: int, max_targets: int
+) -> list[dict[str, np.ndarray]]:
   """Returns the fixed batches that every evaluation scores.
 
-  Windows are in order. Of the targets, the first `max_targets` of the stream
-  have weight 1, each in one place; padding, in the last window and to fill
-  the last batch, has weight 0 and tokens 0.
+  Of each source its first windows, as many as have no more than its share of
+  `max_targets` targets, the same for each source; one window at least.
 
   Args:
-    stream: (tokens,).
-    length: T, tokens that the model sees at once.
+    sources: Validation splits, of one layout and length, each with a window.
     batch_size: B.
-    max_targets: at most this many targets are scored.
+    max_targets: Targets to score.
 
   Returns:
-    A list of `{'tokens': int32 (B, T + 1), 'weights': float32 (B, T)}`.
+    What `layouts.to_batch` makes of B rows, always with 'weights', float32
+    (B, T). Rows that fill up the last batch are all 0, weights too.
+
+  Raises:
+    UserError: a source cannot be read.
   """
-  targets = min(max(0, len(stream) - 1), max_targets)
-  batch_targets = batch_size * length
-  count = -(-targets // batch_targets)
-  padded = np.zeros(count * batch_targets + 1, np.int32)
-  scored = stream[: targets + 1]
-  padded[: len(scored)] = scored
-  weights = (np.arange(count * batch_targets) < targets).astype(np.float32)
-  windows = Windows(padded, length)
+  layout = sources[0].layout
+  share = max_targets // len(sources)
+  pieces = [_first_windows(windows, batch_size, share) for windows in sources]
+  arrays = _concatenate(pieces)
+  rows = layouts.to_batch(layout, arrays, weights=True)
+  filler = -len(rows['tokens']) % batch_size
+  padded = {
+    name: np.pad(array, [(0, filler)] + [(0, 0)] * (array.ndim - 1))
+    for name, array in rows.items()
+  }
   return [
-    {
-      **windows.__getitems__(np.arange(batch_size) + i * batch_size),
-      'weights': weights.reshape(count, batch_size, length)[i],
-    }
-    for i in range(count)
+    {name: array[i : i + batch_size] for name, array in padded.items()}
+    for i in range(0, len(padded['tokens']), batch_size)
   ]
+
+
+def _first_windows(
+  windows: Windows, at_once: int, max_targets: int
+) -> dict[str, np.ndarray]:
+  """Reads those before the targets exceed `max_targets`; one at least."""
+  pieces: list[dict[str, np.ndarray]] = []
+  counts = np.zeros(0, np.int64)
+  while len(counts) < len(windows) and counts.sum() <= max_targets:
+    stop = min(len(counts) + at_once, len(windows))
+    piece = windows.__getitems__(np.arange(len(counts), stop))
+    counts = np.append(counts, layouts.row_targets(windows.layout, piece))
+    pieces.append(piece)
+  kept = max(1, int((np.cumsum(counts) <= max_targets).sum()))
+  return {n: array[:kept] for n, array in _concatenate(pieces).items()}
+
+
+def _concatenate(
+  pieces: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  return {
+    name: np.concatenate([piece[name] for piece in pieces])
+    for name in pieces[0]
+  }

@@ -2,14 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import processors
 
-from train.data.tokenizer import END_OF_TEXT
+from train.data.tokenizer import FILES, read
+from train.data.tokenizers_json import END_OF_TEXT
 from train.errors import UserError
 
 _FILE = 'tokenizer.json'
@@ -17,51 +17,62 @@ _REPLACEMENT = '\N{REPLACEMENT CHARACTER}'
 
 
 class PromptTokenizer:
-  """A tokenizer.json, as generating text uses it.
+  """A tokenizer as generating text uses it.
 
   Args:
-    tokenizer: Its post-processor says what a prompt begins with.
+    encode: From a prompt to ids, with those that it begins with.
+    decode: From ids to text, none for special tokens.
+    ids: Those of all tokens.
     ends: Ids that end a text.
-    start: The id that an empty prompt begins with, where the post-processor
-      puts none; None for no empty prompts.
+    start: The id that an empty prompt begins with, where `encode` gives none;
+      None for no empty prompts.
   """
 
   def __init__(
     self,
-    tokenizer: tokenizers.Tokenizer,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[Sequence[int]], str],
+    ids: Iterable[int],
     ends: Sequence[int],
     start: int | None,
   ):
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    self._tokenizer = tokenizer
+    self._encode = encode
+    self._ids = np.fromiter(ids, np.int64)
     self._start = start
+    self.decode = decode
+    """Returns the text of ids, those of special tokens left out."""
     self.ends = frozenset(ends)
     """Ids that end a text."""
 
   @classmethod
-  def of_run(cls, run_dir: pathlib.Path) -> 'PromptTokenizer':
+  def of_run(
+    cls, run_dir: pathlib.Path, layout: str = 'stream'
+  ) -> 'PromptTokenizer':
     """Of a run directory: a prompt begins a document, as in training.
+
+    Args:
+      run_dir: Holds the tokenizer, of whatever kind.
+      layout: The run's: with 'truncate', no end-of-text precedes a document.
 
     Raises:
       UserError: there is no such file, or it is broken.
     """
-    path = run_dir / _FILE
-    if not path.exists():
+    found = [run_dir / name for name in FILES if (run_dir / name).exists()]
+    if not found:
       raise UserError(
         f'{run_dir} holds no {_FILE}: an older version made it; the command '
         'that trained it, given again, adds the file'
       )
-    tokenizer = _read(path)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-      raise UserError(f'{path} has no {END_OF_TEXT} token')
-    # Text that spells out the end-of-text token is ordinary text.
-    tokenizer.encode_special_tokens = True
-    tokenizer.post_processor = processors.TemplateProcessing(
-      single=f'{END_OF_TEXT} $A', special_tokens=[(END_OF_TEXT, end)]
-    )
-    return cls(tokenizer, [end], end)
+    tokenizer = read(found[0])
+    end = tokenizer.end_of_text
+    before = [] if layout == 'truncate' else [end]
+
+    def encode(prompt: str) -> list[int]:
+      [ids] = tokenizer.encode_batch([prompt])
+      return [*before, *ids.tolist()]
+
+    ids = np.flatnonzero(tokenizer.known())
+    return cls(encode, tokenizer.decode, ids, [end], end)
 
   @classmethod
   def of_hugging_face(cls, folder: pathlib.Path) -> 'PromptTokenizer':
@@ -89,7 +100,25 @@ class PromptTokenizer:
     if not ends and (end := tokenizer.token_to_id(END_OF_TEXT)) is not None:
       ends = [end]
     starts = _special(configs, 'bos_token_id', folder) + ends
-    return cls(tokenizer, ends, starts[0] if starts else None)
+    return cls.of_json(tokenizer, ends, starts[0] if starts else None)
+
+  @classmethod
+  def of_json(
+    cls,
+    tokenizer: tokenizers.Tokenizer,
+    ends: Sequence[int],
+    start: int | None,
+  ) -> 'PromptTokenizer':
+    """Of a tokenizer whose post-processor says what a prompt begins with."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return cls(
+      lambda prompt: tokenizer.encode(prompt).ids,
+      lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+      tokenizer.get_vocab().values(),
+      ends,
+      start,
+    )
 
   def encode(self, prompt: str) -> list[int]:
     """Returns the ids of a prompt, at least one.
@@ -102,7 +131,7 @@ class PromptTokenizer:
       prompt.encode()
     except UnicodeEncodeError as error:  # Bytes of the shell that are no text.
       raise UserError('--prompt is not UTF-8 text') from error
-    ids = self._tokenizer.encode(prompt).ids
+    ids = self._encode(prompt)
     if ids:
       return ids
     if self._start is None:
@@ -111,17 +140,12 @@ class PromptTokenizer:
       )
     return [self._start]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids, those of special tokens left out."""
-    return self._tokenizer.decode(ids, skip_special_tokens=True)
-
   def known(self, vocab_size: int) -> np.ndarray:
     """Marks the ids below vocab_size that can be decoded; bool (vocab_size,).
 
     Models pad their vocabulary.
     """
-    ids = np.fromiter(self._tokenizer.get_vocab().values(), np.int64)
-    return np.isin(np.arange(vocab_size), ids)
+    return np.isin(np.arange(vocab_size), self._ids)
 
 
 class TextStream:

@@ -1,180 +1,123 @@
-"""Documents from the user's own .txt, .jsonl and .json files."""
+"""The user's own files: text, JSON lines and Parquet, also compressed."""
 
-import contextlib
 import glob
-import hashlib
-import json
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from train import errors
+from train.data import compressed, json_lines, local_file, plain_text, source
 
-SUFFIXES = ('.txt', '.jsonl', '.json')
-# Longer .txt files are cut, so that some of a single book can be held out.
-MAX_CHARACTERS = 10_000
-
-
-def _refuse(message: str) -> errors.UserError:
-  return errors.UserError(f'--data.files: {message}')
+_JSON = ('.jsonl', '.json', '.ndjson')
+_FORMS = ('.txt', *_JSON)
+_PARQUET = '.parquet'
+OPTIONS = ('--files', '--text-field')
 
 
-def find(pattern: str) -> list[pathlib.Path]:
+def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   """Returns the files that a glob matches, sorted by path.
 
   Args:
-    pattern: a glob; '**' matches any number of directories, '~' is the home.
+    pattern: A glob; '**' matches any number of directories, '~' is the home.
+    option: The name of the option that gave it.
 
   Raises:
-    UserError: nothing matches, or a file has none of `SUFFIXES`.
+    UserError: nothing matches, or a file is of a kind that is not read.
   """
   matches = glob.glob(os.path.expanduser(pattern), recursive=True)
   paths = sorted(pathlib.Path(m) for m in matches if not os.path.isdir(m))
   if not paths:
     hint = f"; for all below it, give '{pattern}/**/*.txt'" if matches else ''
-    raise _refuse(f'no file matches {pattern!r}{hint}')
+    raise errors.UserError(f'{option}: no file matches {pattern!r}{hint}')
   for path in paths:
-    if path.suffix.lower() not in SUFFIXES:
-      raise _refuse(
-        f'{path} is none of {", ".join(SUFFIXES)}; let the glob name one'
+    if _kind(path) is None:
+      raise errors.UserError(
+        f'{option}: {path} is none of {", ".join(_FORMS)} (also with'
+        f' {", ".join(compressed.SUFFIXES)} after it) and {_PARQUET}; let the'
+        ' glob name one'
       )
   return paths
 
 
-def cut(text: str, limit: int = MAX_CHARACTERS) -> list[str]:
-  """Cuts a long text into pieces that joined give it back.
-
-  Each piece but the last has between `limit / 2` and `limit` characters, and
-  ends after the last blank line there, else line, else space, else anywhere.
-  """
-  pieces = []
-  start = 0
-  while len(text) - start > limit:
-    stop = start + limit
-    for separator in ('\n\n', '\n', ' '):
-      found = text.rfind(separator, start + limit // 2, stop)
-      if found >= 0:
-        stop = found + len(separator)
-        break
-    pieces.append(text[start:stop])
-    start = stop
-  return [*pieces, text[start:]]
+def _kind(path: pathlib.Path) -> tuple[str, str] | None:
+  """Returns the suffix of the form, and of the compression or ''."""
+  name = path.name.lower()
+  compression = next((s for s in compressed.SUFFIXES if name.endswith(s)), '')
+  form = pathlib.Path(name.removesuffix(compression)).suffix
+  if form in _FORMS or (form == _PARQUET and not compression):
+    return form, compression
+  return None
 
 
 class TextFiles:
-  r"""Documents of text files, in the order of their paths.
+  """Documents of files, in the order of their paths.
 
-  A .txt file is one document, its line ends made '\n', or several where it
-  is longer than `MAX_CHARACTERS`. A line of a .jsonl or .json file is an
-  object, its text one document. Blank documents are left out.
+  A .txt file is one document, or several where it is long
+  (`train.data.plain_text`). A line of a .jsonl, .json or .ndjson file is an
+  object, its text one document (`json_lines`). A row of a .parquet file is
+  one (`parquet`).
   """
 
-  def __init__(self, pattern: str, text_field: str = 'text'):
+  def __init__(
+    self,
+    pattern: str,
+    text_field: str = 'text',
+    options: tuple[str, str] = OPTIONS,
+  ):
     """Finds the files.
 
     Args:
-      pattern: as for `find`.
-      text_field: the key of the text in a line of JSON.
+      pattern: As for `find`.
+      text_field: The key of the text in a line of JSON, or its column.
+      options: The names of the options that gave the two, for messages.
 
     Raises:
-      UserError: as `find`.
+      UserError: as `find`, or a file cannot be looked at.
     """
-    self._paths = find(pattern)
     self._text_field = text_field
+    self._option = options[1]
+    self._files = [
+      local_file.LocalFile.find(path) for path in find(pattern, options[0])
+    ]
 
-  def digest(self) -> str:
-    """Returns a hash of what is read: every file's whole content, no dates.
-
-    Raises:
-      UserError: a file cannot be read.
-    """
-    parts: list[list[str]] = []
-    for path in self._paths:
-      with _reading(path), path.open('rb') as file:
-        content = hashlib.file_digest(file, 'sha256').hexdigest()
-      parts.append([path.suffix.lower(), content])
-    description = ['text_files', MAX_CHARACTERS, self._text_field, parts]
-    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
-
-  def __iter__(self) -> Iterator[str]:
-    """Reads the documents.
+  def parts(self) -> Sequence[source.Part]:
+    """Returns the parts, about 64 MiB each where a file can be cut.
 
     Raises:
-      UserError: a file cannot be read, is not UTF-8 text, or has a line that
-        is not a JSON object with a text; or all of them are blank.
+      UserError: a file cannot be read, or is Parquet without such a column.
     """
-    empty = True
-    for path in self._paths:
-      read = _read_txt if path.suffix.lower() == '.txt' else self._read_json
-      for text in read(path):
-        if text.strip():
-          empty = False
-          yield text
-    if empty:
-      raise _refuse(
-        f'no text in {len(self._paths)} file(s), the first {self._paths[0]}'
+    kinds = ((file, *(_kind(file.path) or ('', ''))) for file in self._files)
+    parts = [
+      part
+      for is_text, files in itertools.groupby(kinds, lambda k: k[1] == '.txt')
+      for part in self._parts(is_text, files)
+    ]
+    if not parts:  # Parquet without a row.
+      raise errors.UserError(
+        f'no text in {len(self._files)} file(s), the first'
+        f' {self._files[0].path}'
       )
+    return parts
 
-  def _read_json(self, path: pathlib.Path) -> Iterator[str]:
-    with _reading(path), path.open('rb') as file:
-      for number, raw in enumerate(file, start=1):
-        line = _decode(raw, f'{path}, line {number}')
-        if line.strip():
-          yield self._text(line, f'{path}, line {number}')
+  def _parts(
+    self,
+    is_text: bool,
+    files: Iterator[tuple[local_file.LocalFile, str, str]],
+  ) -> Iterator[source.Part]:
+    if is_text:
+      yield from plain_text.parts((file, how) for file, _, how in files)
+      return
+    for file, form, compression in files:
+      if form == _PARQUET:
+        from train.data import parquet  # Half a second.
 
-  def _text(self, line: str, place: str) -> str:
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      reason = getattr(error, 'msg', 'not readable')
-      raise _refuse(
-        f'{place} is not JSON ({reason}); each line must be one object'
-      ) from error
-    if not isinstance(record, dict):
-      raise _refuse(f'{place} is not a JSON object')
-    if self._text_field not in record:
-      keys = ', '.join(sorted(record)[:8]) or 'none'
-      raise _refuse(
-        f'{place} has no field {self._text_field!r} (it has: {keys}); name the'
-        ' one with the text with --data.text_field'
-      )
-    text = record[self._text_field]
-    if not isinstance(text, str):
-      raise _refuse(f'{place}: the field {self._text_field!r} is not a string')
-    try:
-      text.encode('utf-8')
-    except UnicodeEncodeError as error:  # An escape such as '\ud800'.
-      raise _refuse(
-        f'{place}: half a surrogate pair, which is no character'
-      ) from error
-    return text
+        yield from parquet.parts(file, self._text_field, self._option)
+      else:
+        yield from json_lines.parts(
+          file, compression, self._text_field, self._option
+        )
 
-
-@contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
-  """Names the file in an error of the operating system."""
-  try:
-    yield
-  except OSError as error:
-    reason = error.strerror or error
-    raise _refuse(f'cannot read {path}: {reason}') from error
-
-
-def _read_txt(path: pathlib.Path) -> list[str]:
-  with _reading(path):
-    raw = path.read_bytes()
-  text = _decode(raw, str(path))
-  return cut(text.replace('\r\n', '\n').replace('\r', '\n'))
-
-
-def _decode(raw: bytes, place: str) -> str:
-  """Decodes UTF-8, without its byte order mark where there is one."""
-  try:
-    text = raw.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise _refuse(
-      f'{place} is not UTF-8 text (byte {error.start}: {error.reason})'
-    ) from error
-  if '\0' in text:
-    raise _refuse(f'{place} is not text: it has NUL bytes')
-  return text
+  def listing(self) -> list[list[str | int]]:
+    """Returns the name and size of every file."""
+    return [[file.path.name, file.size] for file in self._files]

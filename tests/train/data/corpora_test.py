@@ -3,33 +3,34 @@ import pathlib
 import pytest
 
 from train import paper
-from train.config import DataConfig
 from train.data import corpora
 from train.errors import UserError
 
 
 @pytest.mark.parametrize('corpus', paper.CORPORA)
-def test_a_corpus_of_the_papers_asks_for_a_copy(tmp_path, corpus):
-  config = DataConfig(corpus=corpus, vocab_size=32100, text_field='body')
+def test_a_corpus_of_the_papers_asks_for_a_copy(corpus):
   with pytest.raises(UserError) as error:
-    corpora.open_documents(config, tmp_path)
+    corpora.open_corpus(corpus, pathlib.Path(), '--data.corpus')
   message = str(error.value)
   assert '\n' not in message
-  for words in (f'--data.corpus {corpus}', f"--data.files '{corpus}/*.json",
-                "'body'", '32100 tokens'):  # fmt: skip
+  length = {'c4': 256, 'openwebtext': 1024}[corpus]
+  for words in (
+    f'--data.corpus {corpus} is not fetched',
+    f"`python -m train prepare --files '{corpus}/",
+    f' --layout {paper.CORPORA[corpus].layout} --seq {length} --out DIR`',
+    '`--data.prepared DIR`',
+  ):
     assert words in message
 
 
-def test_a_copy_is_read(tmp_path):
-  folder = tmp_path / 'c4'
-  folder.mkdir()
-  (folder / 'c4-train.00000-of-01024.json').write_text(
-    '{"text": "one", "url": "a"}\n{"text": "two", "url": "b"}\n'
-  )
-  config = DataConfig(corpus='c4', files=str(folder / '*.json'))
-  assert list(corpora.open_documents(config, tmp_path)) == ['one', 'two']
-
-
 def test_an_unknown_corpus_lists_those_there_are():
-  with pytest.raises(UserError, match="no 'novels', only wikipedia_leads"):
-    corpora.open_documents(DataConfig(corpus='novels'), pathlib.Path())
+  with pytest.raises(
+    UserError, match="^--corpus: there is no 'novels', only wikipedia_leads"
+  ):
+    corpora.open_corpus('novels', pathlib.Path())
+
+
+def test_a_corpus_by_name(tmp_path):
+  (part,) = corpora.open_corpus('wikipedia_leads', tmp_path).parts()
+  assert part.name == 'wikipedia_leads'
+  assert list(tmp_path.iterdir()) == []  # Nothing is fetched before a read.

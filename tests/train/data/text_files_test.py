@@ -1,46 +1,24 @@
 import errno
+import json
 import os
-import pathlib
+import pickle
+import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.train.data.sources import COMPRESS, digests, read, read_bad
 from train import errors
-from train.data import text_files
+from train.data import json_lines, local_file, plain_text, text_files
 
 
 def refused(match):
-  return pytest.raises(errors.UserError, match=rf'--data\.files: .*{match}')
+  return pytest.raises(errors.UserError, match=match)
 
 
-def read(path, **kwargs):
-  return list(text_files.TextFiles(str(path), **kwargs))
-
-
-@given(
-  st.text(alphabet='ab \n', max_size=300),
-  st.integers(min_value=2, max_value=40),
-)
-def test_cut_keeps_every_character(text, limit):
-  pieces = text_files.cut(text, limit)
-  assert ''.join(pieces) == text
-  assert all(len(piece) <= limit for piece in pieces)
-  assert all(2 * len(piece) >= limit - 1 for piece in pieces[:-1])
-  assert len(pieces) == 1 or pieces[-1]
-
-
-@pytest.mark.parametrize(
-  ('text', 'first'),
-  [
-    ('a' * 5 + ' b\nc\n\n' + 'd' * 20, 'a' * 5 + ' b\nc\n\n'),
-    ('a' * 5 + '\nb c ' + 'd' * 20, 'a' * 5 + '\n'),
-    ('a' * 5 + ' b' + 'd' * 20, 'a' * 5 + ' '),
-    ('a' * 20, 'a' * 10),
-  ],
-)
-def test_cut_prefers_paragraph_then_line_then_space(text, first):
-  assert text_files.cut(text, 11 if '\n\n' in text else 10)[0] == first
+def files(path, *args, **kwargs):
+  return text_files.TextFiles(str(path), *args, **kwargs)
 
 
 def test_order_and_recursion(tmp_path):
@@ -49,110 +27,103 @@ def test_order_and_recursion(tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text(f'text of {name}')
   (tmp_path / 'd.txt').mkdir()
-  assert read(tmp_path / '**' / '*.txt') == [
+  found = files(tmp_path / '**' / '*.txt')
+  assert read(found) == [
     'text of a.txt', 'text of b/a.txt', 'text of b/z.txt'
   ]  # fmt: skip
+  assert found.listing() == [['a.txt', 13], ['a.txt', 15], ['z.txt', 15]]
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'a.txt').write_text('at home')
-  assert read('~/*.txt') == ['at home']
+  assert read(files('~/*.txt')) == ['at home']
 
 
-def test_txt_is_read_as_text(tmp_path):
-  path = tmp_path / 'a.TXT'
-  path.write_bytes('\ufeffÄ\r\nb\rc\n'.encode())
-  assert read(path) == ['Ä\nb\nc\n']
+def test_all_forms_keep_the_order_of_their_paths(tmp_path):
+  wanted = []
+  for i, form in enumerate(['.txt', '.jsonl', '.json', '.ndjson', '.TXT']):
+    for compression, compress in sorted(COMPRESS.items()):
+      text = f'text in {form}{compression}'
+      content = text if form.lower() == '.txt' else json.dumps({'text': text})
+      path = tmp_path / f'{i}{form}{compression}'
+      path.write_bytes(compress(content.encode()))
+      wanted.append(text)
+  pq.write_table(pa.table({'text': ['a row']}), tmp_path / '2.jsonl.parquet')
+  wanted.insert(8 + 3, 'a row')  # After .jsonl.gz and before .xz, .zst.
+  found = files(tmp_path / '*')
+  paths = [path.name for path in text_files.find(str(tmp_path / '*'))]
+  wanted = [wanted[i] for i in _order(paths)]
+  assert read(found) == wanted
+  assert all(part.size > 0 for part in found.parts())
 
 
-def test_long_txt_is_cut(tmp_path):
-  path = tmp_path / 'book.txt'
-  text = ('A paragraph of the book. ' * 40 + '\n\n') * 50
-  path.write_text(text)
-  pieces = read(path)
-  assert len(pieces) > 4
-  assert max(map(len, pieces)) <= 10_000
-  assert all(piece.endswith('\n\n') for piece in pieces)
-  assert ''.join(pieces) == text
-
-
-@pytest.mark.parametrize('suffix', ['.jsonl', '.json'])
-def test_json_lines(tmp_path, suffix):
-  path = tmp_path / f'a{suffix}'
-  path.write_text('{"body": "one\\ntwo", "id": 1}\n\n{"body": "  "}\n'
-                  '{"body": "drei ü"}')  # fmt: skip
-  assert read(path, text_field='body') == ['one\ntwo', 'drei ü']
-
-
-@pytest.mark.parametrize(
-  ('name', 'content', 'match'),
-  [
-    ('a.txt', b'caf\xe9', r'a\.txt is not UTF-8 text \(byte 3'),
-    ('a.txt', b'a\0b', r'a\.txt is not text: it has NUL bytes'),
-    ('a.txt', b' \n', r'no text in 1 file'),
-    ('a.txt', b'', r'no text in 1 file'),
-    ('a.csv', b'a,b', r'a\.csv is none of \.txt, \.jsonl, \.json'),
-    ('a.jsonl', b'', r'no text in 1 file'),
-    (
-      'a.jsonl',
-      b'{"text": "a"}\n{"text": "b"',
-      r'a\.jsonl, line 2 is not JSON',
-    ),
-    ('a.json', b'[\n{"text": "a"}\n]', r'a\.json, line 1 is not JSON'),
-    ('a.jsonl', b'["a"]', r'line 1 is not a JSON object'),
-    (
-      'a.jsonl',
-      b'{"body": "a"}',
-      r"line 1 has no field 'text' \(it has: body\)",
-    ),
-    ('a.jsonl', b'{}', r"no field 'text' \(it has: none\)"),
-    ('a.jsonl', b'{"text": 3}', r"the field 'text' is not a string"),
-    ('a.jsonl', b'{"text": null}', r"the field 'text' is not a string"),
-    ('a.jsonl', b'{"text": "\\ud800"}', r'line 1: half a surrogate pair'),
-    ('a.jsonl', b'{"text": "\xff"}', r'line 1 is not UTF-8 text'),
-    ('a.jsonl', b'{"text": "a"}\0', r'line 1 is not text'),
-    ('a.jsonl', b'[' * 200_000, r'line 1 is not JSON'),
-  ],
-)
-def test_bad_file(tmp_path, name, content, match):
-  (tmp_path / name).write_bytes(content)
-  with refused(match) as caught:
-    read(tmp_path / '*')
-  assert '\n' not in str(caught.value)
+def _order(paths):
+  forms = ['.txt', '.jsonl', '.json', '.ndjson', '.TXT']
+  names = [f'{i}{f}{c}' for i, f in enumerate(forms) for c in sorted(COMPRESS)]
+  names.insert(11, '2.jsonl.parquet')
+  return [names.index(path) for path in paths]
 
 
 def test_no_match(tmp_path):
-  with refused('no file matches'):
-    text_files.TextFiles(str(tmp_path / '*.txt'))
+  with refused('^--files: no file matches'):
+    files(tmp_path / '*.txt')
   with refused(r'for all below it, give .*/\*\*/\*\.txt'):
-    text_files.TextFiles(str(tmp_path))
+    files(tmp_path)
+  with refused('^--data.files: no file matches'):
+    files(tmp_path / '*.txt', options=('--data.files', '--data.text_field'))
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.csv.gz', 'gz', 'a.parquet.gz'])
+def test_other_kinds_are_named(tmp_path, name):
+  (tmp_path / name).write_text('a')
+  with refused(f'{name} is none of .txt, .jsonl, .json, .ndjson .* .parquet'):
+    files(tmp_path / '*')
 
 
 def test_file_gone(tmp_path):
-  path = tmp_path / 'a.txt'
-  path.write_text('a')
-  files = text_files.TextFiles(str(path))
-  path.unlink()
-  with refused(r'cannot read .*a\.txt: No such file'):
-    list(files)
-  with refused(r'cannot read .*a\.txt: No such file'):
-    files.digest()
+  for name in ('a.txt', 'a.jsonl'):
+    path = tmp_path / name
+    path.write_text('{"text": "a"}')
+    found = files(path)
+    path.unlink()
+    with refused(rf'cannot read .*{name}: No such file'):
+      read(found)
+    with refused(rf'cannot read .*{name}: No such file'):
+      digests(found)
 
 
 def test_no_permission(tmp_path, monkeypatch):
-  def refuse(self):
-    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+  def refuse(path, mode):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
   (tmp_path / 'a.txt').write_text('a')
-  monkeypatch.setattr(pathlib.Path, 'read_bytes', refuse)
+  found = files(tmp_path / 'a.txt')
+  monkeypatch.setattr(local_file, 'open', refuse, raising=False)
   with refused(r'cannot read .*a\.txt: Permission denied'):
-    read(tmp_path / 'a.txt')
+    read(found)
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.jsonl.gz'])
+def test_a_file_that_changes_while_it_is_read(tmp_path, name):
+  path = tmp_path / name
+  line = b'{"text": "' + b'word ' * 3000 + b'"}\n'
+  path.write_bytes(COMPRESS[path.suffix if name.endswith('gz') else ''](
+    line * 20
+  ))  # fmt: skip
+  (part,) = files(path).parts()
+  texts = part.read(text_files.source.Problems(skip=True))
+  next(texts)
+  os.utime(path, ns=(0, 0))
+  with refused(f'{name} changed while it was being read; run again'):
+    list(texts)
+  with refused('changed'):
+    part.digest()
 
 
 def test_digest_is_of_content(tmp_path):
   def digest(**kwargs):
-    return text_files.TextFiles(str(tmp_path / '*'), **kwargs).digest()
+    return digests(files(tmp_path / '*', **kwargs))
 
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "a"}')
@@ -164,7 +135,130 @@ def test_digest_is_of_content(tmp_path):
   assert digest() == first
   path.write_text('{"text": "b"}')
   assert digest() != first
+  path = path.rename(tmp_path / 'b.txt')
   path.write_text('{"text": "a"}')
-  assert digest() == first
-  pathlib.Path(tmp_path / 'c.txt').write_text('c')
   assert digest() != first
+  path = path.rename(tmp_path / 'a.jsonl')
+  assert digest() == first
+  (tmp_path / 'c.txt').write_text('c')
+  assert digest() != first
+
+
+def test_parts_can_be_pickled(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n')
+  (tmp_path / 'b.txt').write_text('b')
+  pq.write_table(pa.table({'text': ['c']}), tmp_path / 'c.parquet')
+  parts = files(tmp_path / '*').parts()
+  copies = pickle.loads(pickle.dumps(parts))
+  assert copies == parts
+  assert [p.digest() for p in copies] == [p.digest() for p in parts]
+
+
+def _corpus(form):
+  texts = [f'Document {i}: ' + f'größe {i * i} ' * (i % 40) for i in range(400)]
+  lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+  return ('\n\n'.join(texts) if form == '.txt' else lines).encode()
+
+
+def _parquet():
+  texts = [f'Document {i}: ' + f'größe {i * i} ' * (i % 40) for i in range(400)]
+  sink = pa.BufferOutputStream()
+  pq.write_table(
+    pa.table({'text': texts}), sink, row_group_size=50, compression='zstd'
+  )
+  return sink.getvalue().to_pybytes()
+
+
+def _damage(content, seed):
+  """Cuts a file, flips some of its bits, or does both."""
+  generator = random.Random(seed)
+  content = bytearray(content)
+  if generator.random() < 0.5:
+    content = content[: generator.randrange(len(content))]
+  if content and generator.random() < 0.7:
+    for _ in range(generator.choice([1, 2, 30])):
+      # The last bytes of a file, often an index, are as likely as the others.
+      length = generator.choice([len(content), min(len(content), 600)])
+      content[-1 - generator.randrange(length)] ^= 1 << generator.randrange(8)
+  return bytes(content)
+
+
+@pytest.mark.parametrize(
+  'suffix',
+  ['.parquet', *(f + c for f in ('.jsonl', '.txt') for c in COMPRESS)],
+)
+@pytest.mark.parametrize(
+  'tries', [20, pytest.param(600, marks=pytest.mark.slow)]
+)
+def test_damaged_files(tmp_path, suffix, tries, monkeypatch):
+  """What is left of them is the same each time, or the error is one line."""
+  monkeypatch.setattr(json_lines, 'PART', 5000)
+  path = tmp_path / f'a{suffix}'
+  form, _, compression = suffix.removeprefix('.').partition('.')
+  if suffix == '.parquet':
+    good = _parquet()
+  else:
+    good = COMPRESS[compression and f'.{compression}'](_corpus(f'.{form}'))
+  path.write_bytes(good)
+  wanted = set(read(files(path)))
+  kinds = set()
+  for seed in range(tries):
+    content = _damage(good, seed)
+    path.write_bytes(content)
+    results = []
+    for _ in range(2):
+      try:
+        texts, problems = read_bad(files(path))
+      except errors.UserError as error:
+        results.append(str(error))
+        assert '\n' not in str(error)
+      else:
+        results.append((texts, problems.counts, problems.first))
+        kinds |= set(problems.counts)
+        if not problems.counts and compression:
+          assert set(texts) <= wanted  # Its checksum is right.
+    assert results[0] == results[1]
+  if suffix == '.parquet' or compression:
+    assert 'truncated' in kinds
+  else:
+    assert kinds
+
+
+def test_a_cut_file_gives_what_lies_before(tmp_path):
+  generator = random.Random(0)
+  texts = [f'{i} ' + generator.randbytes(500).hex() for i in range(999)]
+  lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+  for suffix, compress in COMPRESS.items():
+    content = compress(lines.encode())
+    path = tmp_path / f'a.jsonl{suffix}'
+    path.write_bytes(content[: len(content) // 2])
+    left, problems = read_bad(files(path))
+    assert 350 < len(left) < 600
+    assert left == texts[: len(left)]
+    kind = 'truncated' if suffix else 'json'
+    assert problems.counts == {kind: 1}
+    line = len(left) + (0 if suffix else 1)
+    assert f'{path}' in problems.first[0]
+    assert f'line {line}' in problems.first[0]
+    with refused(r'--skip-bad'):
+      read(files(path))
+
+
+def test_nothing_heavy_is_imported():
+  """A worker that reads text starts fast."""
+  import subprocess
+  import sys
+
+  code = (
+    'import sys; from train.data import text_files;'
+    ' print(sorted({m.split(".")[0] for m in sys.modules} &'
+    ' {"jax", "flax", "numpy", "pyarrow", "tensorflow_datasets"}))'
+  )
+  out = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert out.stdout.strip() == '[]'
+
+
+def test_plain_text_and_json_cut_alike():
+  assert plain_text.PART == json_lines.PART == 2**26

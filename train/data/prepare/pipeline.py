@@ -1,0 +1,341 @@
+"""The steps from a source to a directory that can be trained on."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from train import errors, lock, storage
+from train.data import layouts
+from train.data import source as source_lib
+from train.data import stats as stats_lib
+from train.data import tokenizer as tokenizer_lib
+from train.data.prepare import (
+  engine,
+  files,
+  find_duplicates,
+  held_out,
+  piece,
+  plan,
+  records,
+  tokenize_part,
+  vocabulary,
+  write_records,
+)
+from train.data.prepare import progress as progress_lib
+
+_logger = logging.getLogger('train.data')
+
+_WORK = '.work'
+_LOCK = 'lock'
+_SMALLEST_VOCABULARY = 257
+_NAMED = 5  # Bad documents.
+_LONGEST = 2**17 - 3  # What numbers of 16 bits count in a row: pieces of 2.
+
+
+def prepare(
+  source: source_lib.Source,
+  tokenizer: tokenizer_lib.Tokenizer | int,
+  request: source_lib.Request,
+  out: pathlib.Path,
+  *,
+  workers: int = 1,
+  engine_name: str = 'local',
+  beam_options: Sequence[str] = (),
+  progress: progress_lib.Progress | None = None,
+) -> stats_lib.Stats:
+  """Makes a directory of token windows, or goes on with it.
+
+  The same source, tokenizer and request give the same bytes in all files,
+  whoever does the work, and however often it was cut off.
+
+  Args:
+    source: The text.
+    tokenizer: How to cut it, or of how many tokens to train a byte-level BPE
+      on its training split first.
+    request: What to make of it.
+    out: The directory; made where it is not there. `stats.json` in it, written
+      last of all, says that it is complete.
+    workers: Processes of this machine.
+    engine_name: 'local', or 'beam' for Apache Beam.
+    beam_options: Beam's own, as '--runner=FlinkRunner'.
+    progress: Told how far it is.
+
+  Returns:
+    What the directory holds.
+
+  Raises:
+    UserError: the text cannot be read or is too little, the disk cannot be
+      written, or the directory holds, or is to hold, something else.
+  """
+  _check(request, tokenizer)
+  out = out.absolute()
+  wanted = plan.plan(source, tokenizer, request)
+  if found := _found(out, wanted, request):
+    return found
+  work = out / _WORK
+  runner = _engine(engine_name, workers, beam_options, work)
+  with files.writing(out):
+    _check_free(out, work)
+    storage.make_directory(work)
+  with _alone(work):
+    if found := _found(out, wanted, request):
+      return found  # Another process has just made it.
+    with files.writing(out):
+      if not plan.begun(work, wanted):
+        plan.begin(work, wanted)
+    shown = progress or progress_lib.Progress()
+    try:
+      stats = _prepare(source, tokenizer, request, out, wanted, runner, shown)
+    finally:
+      shown.end()
+    shutil.rmtree(work, ignore_errors=True)
+  return stats
+
+
+def _prepare(
+  source: source_lib.Source,
+  tokenizer: tokenizer_lib.Tokenizer | int,
+  request: source_lib.Request,
+  out: pathlib.Path,
+  wanted: plan.Plan,
+  runner: engine.Engine,
+  shown: progress_lib.Progress,
+) -> stats_lib.Stats:
+  work = out / _WORK
+  parts = source.parts()
+  digests: list[str] = []
+  if isinstance(tokenizer, int):
+    tokenizer, digests = vocabulary.trained(
+      source, tokenizer, request, work, shown
+    )
+  dtype = plan.token_dtype(tokenizer)
+  tasks = [
+    tokenize_part.Task(i, part, digests[i] if i < len(digests) else '')
+    for i, part in enumerate(parts)
+  ]
+  shown.begin('tokens', sum(part.size for part in parts))
+  runner.run(
+    tokenize_part.TokenizePart(tokenizer, request, dtype, work), tasks, shown
+  )
+  pieces = [work / task.name for task in tasks]
+  summaries = [piece.summary(path) for path in pieces]
+
+  shown.begin('held-out documents', 0)
+  validation = held_out.LayOut(
+    tuple(pieces), request, tokenizer.end_of_text, dtype, work
+  )()
+  summaries_of = {'train': summaries, 'validation': [piece.summary(validation)]}
+  units = {
+    'train': {
+      path: summary.units
+      for path, summary in zip(pieces, summaries, strict=True)
+    },
+    'validation': {validation: summaries_of['validation'][0].units},
+  }
+  rows = {
+    split: piece.Rows(
+      units[split], request.layout, request.sequence_length, dtype
+    )
+    for split in stats_lib.SPLITS
+  }
+  documents = _total(summary.documents for summary in summaries)
+  tokens = _total(summary.tokens for summary in summaries)
+  for split in stats_lib.SPLITS:
+    if not len(rows[split]):
+      _discard(out)
+      raise _too_small(split, documents[split], tokens[split], request)
+
+  lookups = [
+    find_duplicates.Task(path, task.size)
+    for path, task in zip(pieces, tasks, strict=True)
+  ]
+  shown.begin('near-duplicates', sum(lookup.size for lookup in lookups))
+  runner.run(find_duplicates.FindDuplicates(validation), lookups, shown)
+
+  serializer = records.Serializer(
+    request.layout, request.sequence_length, dtype
+  )
+  shards = {
+    split: plan.shards(split, len(rows[split]), serializer.size)
+    for split in stats_lib.SPLITS
+  }
+  every = [shard for split in stats_lib.SPLITS for shard in shards[split]]
+  shown.begin('records', sum(shard.size for shard in every))
+  runner.run(
+    write_records.WriteRecords(rows, serializer, out, work), every, shown
+  )
+
+  stats = stats_lib.Stats(
+    format=stats_lib.FORMAT,
+    layout=request.layout,
+    sequence_length=request.sequence_length,
+    documents=documents,
+    tokens=tokens,
+    windows={split: len(rows[split]) for split in stats_lib.SPLITS},
+    targets={
+      split: (
+        len(rows[split]) * request.sequence_length
+        if request.layout in layouts.CONTIGUOUS
+        else sum(summary.targets for summary in summaries_of[split])
+      )
+      for split in stats_lib.SPLITS
+    },
+    skipped=_total(summary.skipped for summary in summaries),
+    near_duplicates=find_duplicates.summary(documents['validation'], pieces),
+    vocab_size=tokenizer.vocab_size,
+    padded_vocab_size=tokenizer.padded_vocab_size,
+    tokenizer=tokenizer.file_name,
+    tokenizer_hash=tokenizer.digest(),
+    source_hash=plan.source_hash([summary.digest for summary in summaries]),
+    validation_fraction=request.validation_fraction,
+    request=wanted.digest(),
+    files={shard.name: (out / shard.name).stat().st_size for shard in every},
+  )
+  _complete(out, request, tokenizer, dtype, shards, stats)
+  _tell_problems(summaries)
+  return stats
+
+
+def _check(
+  request: source_lib.Request, tokenizer: tokenizer_lib.Tokenizer | int
+) -> None:
+  """Raises: UserError: what is asked for cannot be."""
+  if isinstance(tokenizer, int) and tokenizer < _SMALLEST_VOCABULARY:
+    raise errors.UserError(
+      f'a vocabulary of {tokenizer:,} tokens: it needs at least'
+      f' {_SMALLEST_VOCABULARY}, all bytes and the end-of-text'
+    )
+  if request.layout not in layouts.LAYOUTS:
+    raise errors.UserError(
+      f'there is no layout {request.layout!r}, only'
+      f' {", ".join(layouts.LAYOUTS)}'
+    )
+  if not 0 < request.validation_fraction < 1:
+    raise errors.UserError(
+      f'the share held out, {request.validation_fraction}, is not between 0'
+      ' and 1'
+    )
+  if not 1 <= request.sequence_length <= _LONGEST:
+    raise errors.UserError(
+      f'windows of {request.sequence_length:,} tokens: from 1 to {_LONGEST:,}'
+    )
+
+
+def _found(
+  out: pathlib.Path, wanted: plan.Plan, request: source_lib.Request
+) -> stats_lib.Stats | None:
+  """Returns what there is already, if that is what is wanted."""
+  found = plan.completed(out, wanted, request.skip_bad)
+  if found:
+    # Of a process that was killed in the last moment.
+    shutil.rmtree(out / _WORK, ignore_errors=True)
+    _logger.info('%s is complete already', out)
+  return found
+
+
+def _engine(
+  name: str, workers: int, beam_options: Sequence[str], work: pathlib.Path
+) -> engine.Engine:
+  if name == 'local':
+    return engine.Local(workers)
+  from train.data.prepare.beam_engine import Beam  # An extra.
+
+  return Beam(beam_options, work)
+
+
+def _check_free(out: pathlib.Path, work: pathlib.Path) -> None:
+  """Raises: UserError: there is something that is not from here."""
+  if out.exists() and not out.is_dir():
+    raise errors.UserError(f'{out} is not a directory')
+  if not work.is_dir() and out.is_dir() and any(out.iterdir()):
+    raise errors.UserError(
+      f'{out} is not empty: name another directory, or one that is not there'
+    )
+
+
+@contextlib.contextmanager
+def _alone(work: pathlib.Path) -> Iterator[None]:
+  """Keeps a second process out of a directory; the kernel knows ends.
+
+  Raises:
+    UserError: another one is at work there.
+  """
+  path = work / _LOCK
+  with files.writing(work.parent):
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  with os.fdopen(number, 'r+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f'{work.parent} is being prepared by {lock.who(file.read())}: wait for'
+        ' it to end, or name another directory'
+      ) from None
+    except OSError:  # A file system without locks.
+      _logger.debug('no locks in %s', work)
+    file.truncate(0)
+    file.write(json.dumps(lock.holder()))
+    file.flush()
+    yield
+
+
+def _discard(out: pathlib.Path) -> None:
+  """Removes what was begun and can come to nothing."""
+  shutil.rmtree(out / _WORK, ignore_errors=True)
+  with contextlib.suppress(OSError):
+    out.rmdir()
+
+
+def _too_small(
+  split: str, documents: int, tokens: int, request: source_lib.Request
+) -> errors.UserError:
+  name = {'train': 'training'}.get(split, split)
+  remedies = ['give more text', 'shorten the windows']
+  if split == 'validation' or not documents:
+    amount = 'more' if split == 'validation' else 'less'
+    remedies.insert(0, f'hold {amount} out')
+  return errors.UserError(
+    f'the {name} split has {tokens:,} tokens ({documents:,} documents), one'
+    f' window needs {request.sequence_length + 1:,}: {", or ".join(remedies)}'
+  )
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+  """Adds up, key by key."""
+  total: dict[str, int] = {}
+  for each in counts:
+    for key, count in each.items():
+      total[key] = total.get(key, 0) + count
+  return total
+
+
+def _complete(
+  out: pathlib.Path,
+  request: source_lib.Request,
+  tokenizer: tokenizer_lib.Tokenizer,
+  dtype: np.dtype,
+  shards: Mapping[str, Sequence[plan.Shard]],
+  stats: stats_lib.Stats,
+) -> None:
+  """Writes what describes the records; stats.json last."""
+  from train.data.prepare import metadata  # A second, for TFDS.
+
+  with files.writing(out):
+    metadata.write(out, request, dtype, shards)
+    (out / tokenizer.file_name).write_bytes(tokenizer.content)
+    files.sync(out / tokenizer.file_name)
+    storage.write_atomically(out / stats_lib.FILE, stats.to_json())
+
+
+def _tell_problems(summaries: Sequence[piece.Summary]) -> None:
+  """Names the first few documents that were left out."""
+  first = [message for summary in summaries for message in summary.problems]
+  for message in first[:_NAMED]:
+    _logger.warning('left out: %s', message)

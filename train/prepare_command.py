@@ -1,0 +1,197 @@
+"""`python -m train prepare`: its options, and what it says at the end."""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+
+from train import cli, errors
+
+_DONE = 0
+_INTERRUPTED = 130
+
+
+def add(commands) -> None:
+  """Adds the command.
+
+  Args:
+    commands: What `add_subparsers` returned.
+  """
+  parser = commands.add_parser(
+    'prepare',
+    help='turns text into token windows, once, to train on',
+    description='Tokenizes text and lays it out in windows, as a TFDS dataset '
+    'in ArrayRecord; the same command again goes on after a kill.',
+  )
+  text = parser.add_mutually_exclusive_group(required=True)
+  text.add_argument(
+    '--files',
+    metavar='GLOB',
+    help='.txt, .jsonl, .json or .ndjson, also .gz, .zst or .xz, or .parquet',
+  )
+  text.add_argument(
+    '--tfds',
+    metavar='NAME',
+    help="a TFDS dataset, 'c4/en' or 'huggingface:org/name', or its directory",
+  )
+  text.add_argument('--corpus', metavar='NAME', help='one that can be fetched')
+  vocabulary = parser.add_mutually_exclusive_group(required=True)
+  vocabulary.add_argument(
+    '--tokenizer',
+    metavar='PATH_OR_ID',
+    help="a file, a folder that holds one, or 'org/name' on the hub",
+  )
+  vocabulary.add_argument(
+    '--vocab-size',
+    type=cli.positive,
+    metavar='N',
+    help='trains a byte-level BPE of N tokens on the text',
+  )
+  parser.add_argument(
+    '--layout',
+    required=True,
+    metavar='LAYOUT',
+    help='stream, random, truncate or packed (docs/data.md)',
+  )
+  parser.add_argument(
+    '--seq',
+    type=cli.positive,
+    required=True,
+    metavar='T',
+    help='tokens that the model sees at once',
+  )
+  parser.add_argument('--out', type=cli.path, required=True, metavar='DIR')
+  parser.add_argument(
+    '--text-field',
+    default='text',
+    metavar='NAME',
+    help="of a JSON object, a row or an example; default: 'text'",
+  )
+  parser.add_argument(
+    '--tfds-split', default='train', metavar='SPLIT', help='default: train'
+  )
+  parser.add_argument(
+    '--validation-fraction',
+    type=cli.share,
+    default=0.005,
+    metavar='F',
+    help='of the documents, held out; default: 0.005',
+  )
+  parser.add_argument(
+    '--skip-bad',
+    action='store_true',
+    help='leaves documents out that cannot be read, and counts them',
+  )
+  cores = len(os.sched_getaffinity(0))
+  parser.add_argument(
+    '--workers',
+    type=cli.positive,
+    default=cores,
+    metavar='N',
+    help=f'processes; default: {cores}, the cores here',
+  )
+  parser.add_argument(
+    '--engine',
+    choices=('local', 'beam'),
+    default='local',
+    help="beam: Apache Beam, which needs the 'beam' extra, and --out on a file "
+    'system that its workers share; default: local',
+  )
+  parser.add_argument(
+    '--beam-option',
+    action='append',
+    metavar='OPTION',
+    help="Beam's own, again and again: --beam-option=--runner=FlinkRunner",
+  )
+  parser.set_defaults(call=run)
+
+
+def run(options: argparse.Namespace) -> int:
+  """Prepares, and says what there is then.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    UserError: as `train.data.prepare.prepare`, or what reads the options.
+  """
+  from train.data import prepare, tokenizer
+  from train.data import source as source_lib
+  from train.data.prepare import progress
+
+  if options.beam_option and options.engine != 'beam':
+    raise errors.UserError('--beam-option needs --engine beam')
+  begun = time.monotonic()
+  shown = progress.Shown()
+  try:
+    stats = prepare.prepare(
+      _source(options),
+      tokenizer.open_tokenizer(options.tokenizer)
+      if options.tokenizer is not None
+      else options.vocab_size,
+      source_lib.Request(
+        layout=options.layout,
+        sequence_length=options.seq,
+        validation_fraction=options.validation_fraction,
+        skip_bad=options.skip_bad,
+      ),
+      options.out,
+      workers=options.workers,
+      engine_name=options.engine,
+      beam_options=options.beam_option or (),
+      progress=shown,
+    )
+  except KeyboardInterrupt:
+    print(
+      f'\ninterrupted; the same command goes on in {options.out}',
+      file=sys.stderr,
+    )
+    return _INTERRUPTED
+  cli.say(_summary(stats))
+  if shown.tokens:
+    speed = shown.tokens / (time.monotonic() - begun)
+    cli.say(f'{speed / 1e6:.2f}M tokens a second')
+  cli.say(
+    'train on it: python -m train run RECIPE --run-dir runs/NAME'
+    f' --data.prepared {shlex.quote(str(options.out))}'
+  )
+  return _DONE
+
+
+def _source(options: argparse.Namespace):
+  if options.files is not None:
+    from train.data import text_files
+
+    return text_files.TextFiles(options.files, options.text_field)
+  if options.tfds is not None:
+    from train.data import tfds_source
+
+    return tfds_source.TfdsSource(
+      options.tfds, options.text_field, options.tfds_split
+    )
+  from train.data import cache, corpora
+
+  return corpora.open_corpus(options.corpus, cache.default_directory())
+
+
+def _summary(stats) -> str:
+  """What a prepared directory holds, in lines."""
+  lines = [
+    f'{split}: {stats.documents[split]:,} documents,'
+    f' {stats.tokens[split]:,} tokens, {stats.windows[split]:,} windows of'
+    f' {stats.sequence_length:,}'
+    for split in stats.documents
+  ]
+  if stats.skipped:
+    kinds = ', '.join(
+      f'{count:,} {kind}' for kind, count in sorted(stats.skipped.items())
+    )
+    lines.append(f'left out: {kinds}')
+  found = stats.near_duplicates
+  lines.append(
+    f'near-duplicates: {found["validation_documents"]:,} held-out documents'
+    f' have one in training, {found["train_documents"]:,} training documents'
+    ' are such'
+  )
+  return '\n'.join(lines)
