@@ -37,7 +37,10 @@ CHANGED = {
   'data.files': 'a b/**/*.txt',
   'data.corpus': 'other',
   'data.text_field': 'body',
+  'data.skip_bad': True,
+  'data.tokenizer': 'org/name',
   'data.vocab_size': 512,
+  'data.layout': 'packed',
   'data.sequence_length': 33,
   'data.batch_size': 6,
   'data.validation_fraction': 0.25,
@@ -102,24 +105,29 @@ def flat(config, prefix=''):
   return found
 
 
+# What does not go with the others.
+ALONE = {'data.prepared': 'data/one=3,data/two=1'}
+
+
 def test_every_field_has_an_option():
   assert flat(parse()) == flat(recipes.get('demo'))
-  assert CHANGED.keys() == flat(Config()).keys()
+  assert {**CHANGED, **ALONE}.keys() == flat(Config()).keys()
   argv = [f'--{path}={value}' for path, value in CHANGED.items()]
   config = flat(parse(*argv))
-  assert config == CHANGED
+  wanted = CHANGED | {path: '' for path in ALONE}
+  assert config == wanted
   assert {k: type(v) for k, v in config.items()} == {
-    k: type(v) for k, v in CHANGED.items()
+    k: type(v) for k, v in wanted.items()
   }
 
 
-@pytest.mark.parametrize('path', CHANGED)
+@pytest.mark.parametrize('path', [*CHANGED, *ALONE])
 def test_an_option_changes_its_field_alone(path):
   base = flat(recipes.get('demo'))
-  assert base[path] != CHANGED[path]
   value = {
     'model.n_kv_heads': 2, 'model.n_heads': 8, 'steps': 99
-  }.get(path, CHANGED[path])  # fmt: skip
+  }.get(path, (CHANGED | ALONE)[path])  # fmt: skip
+  assert base[path] != value
   assert flat(parse(f'--{path}', str(value))) == base | {path: value}
 
 

@@ -14,6 +14,8 @@ import numpy as np
 BLOCK = 10_000
 """Examples in which the shares of a mixture are exact."""
 
+# Windows from which on Grain's cipher finds one in microseconds.
+_FEW = 2**12
 # Of splitmix64, a hash of a counter: https://doi.org/10.1145/2660193.2660195
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -30,7 +32,9 @@ class Order(Protocol):
 class Shuffle:
   """Every window once an epoch, in an order of the epoch's own.
 
-  Grain shuffles by a cipher on the index, not by a table.
+  Grain shuffles by a cipher on the index, not by a table. The cipher is of 16
+  bits at least and is tried until it falls on a window: of few windows each
+  takes up to milliseconds to find, and those are sorted by a hash instead.
 
   Args:
     count: Windows, at least one.
@@ -39,14 +43,26 @@ class Shuffle:
   """
 
   def __init__(self, count: int, seed: int, source: int = 0):
+    self._count = count
+    sequence = _sequence(seed, source)
+    self._key = sequence.generate_state(1, np.uint64)[0]
     # Grain seeds epoch e with seed + e: neighbouring seeds would be one order,
     # an epoch apart. A hash sets them far apart.
-    spread = int(_sequence(seed, source).generate_state(1, np.uint32)[0])
-    self._order = grain.MapDataset.range(count).shuffle(seed=spread).repeat()
+    spread = int(sequence.generate_state(1, np.uint32)[0])
+    self._many = grain.MapDataset.range(count).shuffle(seed=spread).repeat()
 
   def __call__(self, n: np.ndarray) -> np.ndarray:
     """Returns the window of each example: int64 (k,) of int64 (k,)."""
-    return np.asarray([self._order[i] for i in n.tolist()], np.int64)
+    if self._count < _FEW:
+      return self._sorted(n)
+    return np.asarray([self._many[i] for i in n.tolist()], np.int64)
+
+  def _sorted(self, n: np.ndarray) -> np.ndarray:
+    epochs, places = np.divmod(n, self._count)
+    epochs, row = np.unique(epochs, return_inverse=True)
+    first = epochs[:, None] * self._count
+    hashes = _hash(self._key, first + np.arange(self._count))
+    return np.argsort(hashes, axis=1, kind='stable')[row, places]
 
 
 class RandomOffsets:

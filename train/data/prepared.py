@@ -11,7 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from train import errors
-from train.data import layouts, stats, tokenizer, vocabulary
+from train.data import layouts, vocabulary
+from train.data import stats as stats_lib
+from train.data import tokenizer as tokenizer_lib
 
 _AGAIN = 'run "python -m train prepare" again'
 _DAMAGED = f'bring it back from a copy, or remove the directory and {_AGAIN}'
@@ -28,7 +30,7 @@ class Prepared:
     UserError: it is not there, not whole, or of something else.
   """
 
-  stats: stats.Stats
+  stats: stats_lib.Stats
   """What is in it."""
 
   def __init__(
@@ -41,7 +43,7 @@ class Prepared:
     self._builder = self._open()
 
   @functools.cached_property
-  def tokenizer(self) -> tokenizer.Tokenizer:
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
     """What made the tokens.
 
     Raises:
@@ -49,7 +51,9 @@ class Prepared:
     """
     path = self.directory / self.stats.tokenizer
     try:
-      found = tokenizer.from_content(self.stats.tokenizer, path.read_bytes())
+      found = tokenizer_lib.from_content(
+        self.stats.tokenizer, path.read_bytes()
+      )
     except (OSError, KeyError, vocabulary.NotATokenizerError) as error:
       raise self._damaged(path.name, error) from error
     if found.digest() != self.stats.tokenizer_hash:
@@ -74,8 +78,8 @@ class Prepared:
   def _damaged(self, name: str, why: Any) -> errors.UserError:
     return self._error(f'{name} is damaged ({_line(why)}): {_DAMAGED}')
 
-  def _read_stats(self) -> stats.Stats:
-    path = self.directory / stats.FILE
+  def _read_stats(self) -> stats_lib.Stats:
+    path = self.directory / stats_lib.FILE
     try:
       text = path.read_text('utf-8')
     except FileNotFoundError as error:
@@ -85,15 +89,15 @@ class Prepared:
     except OSError as error:
       raise self._error(f'cannot be read ({error.strerror})') from error
     except UnicodeDecodeError as error:
-      raise self._damaged(stats.FILE, error) from error
+      raise self._damaged(stats_lib.FILE, error) from error
     try:
-      return stats.Stats.from_json(text)
+      return stats_lib.Stats.from_json(text)
     except json.JSONDecodeError as error:
-      raise self._damaged(stats.FILE, error) from error
+      raise self._damaged(stats_lib.FILE, error) from error
     except ValueError as error:
       raise self._error(
-        f'{stats.FILE}: {_line(error)}: prepare the text again, into another'
-        ' directory'
+        f'{stats_lib.FILE}: {_line(error)}: prepare the text again, into'
+        ' another directory'
       ) from error
 
   def _no_stats(self) -> errors.UserError:
@@ -101,17 +105,15 @@ class Prepared:
       return self._error(
         'no such directory: make it with "python -m train prepare"'
       )
-    if any(
-      self.directory.glob(pattern)
-      for pattern in ('.work', 'prepared-*.array_record-*')
-    ):
+    records = self.directory.glob('prepared-*.array_record-*')
+    if (self.directory / '.work').exists() or any(records):
       return self._error(
         f'"python -m train prepare" was cut off there: {_AGAIN}, the same'
         ' command goes on'
       )
     return self._error(
       'not what "python -m train prepare" writes: there is no'
-      f' {stats.FILE} in it'
+      f' {stats_lib.FILE} in it'
     )
 
   def _check_files(self) -> None:
@@ -154,7 +156,7 @@ class Prepared:
       != self.stats.windows
       or files != sorted(self.stats.files)
     ):
-      raise self._damaged(name, f'it says other than {stats.FILE}')
+      raise self._damaged(name, f'it says other than {stats_lib.FILE}')
     _allow_open_files(len(files))
     return builder
 

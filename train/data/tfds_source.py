@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,9 +34,13 @@ _EXTRAS = {
   'tensorflow': "pip install -e '.[train,tensorflow]'",
   'apache_beam': "pip install -e '.[train,beam]'",
 }
-# Classes of several libraries, by name: none of them need be there.
-_NETWORK_ERRORS = ('ConnectionError', 'ConnectError', 'MaxRetryError',
-                   'gaierror', 'Timeout', 'TimeoutError')  # fmt: skip
+# Those of requests, urllib3 and httpx, which need not be there.
+_NETWORK_ERRORS = (
+  'ConnectionError',
+  'ConnectError',
+  'MaxRetryError',
+  'Timeout',
+)
 
 
 class TfdsSource:
@@ -75,9 +80,7 @@ class TfdsSource:
       UserError: there is no such dataset, split or feature of text, or it
         cannot be prepared or read; the message says what helps.
     """
-    length = sum(file.take for file in self._files)
-    if not length:
-      raise self._error(f'{self._name}: no examples in {self._split!r}')
+    length = self._builder.info.splits[self._split].num_examples
     size = sum(size for _, size in self._sizes())
     return [
       Examples(
@@ -150,12 +153,14 @@ class TfdsSource:
     if self._split.split('[')[0] not in builder.info.splits and not (
       set('+[') & set(self._split)
     ):
-      splits = ', '.join(builder.info.splits) or 'none'
+      splits = ', '.join(sorted(builder.info.splits)) or 'none'
       raise self._error(
         f'{self._name} has no split {self._split!r} (it has: {splits}); name'
         f' one with {split_option}'
       )
     with self._explained(f'read the split {self._split!r} of'):
+      if not builder.info.splits[self._split].num_examples:
+        raise self._error(f'{self._name}: no examples in {self._split!r}')
       try:
         builder.as_data_source(self._split)
       except NotImplementedError as error:
@@ -203,7 +208,7 @@ class TfdsSource:
 
 def _is_text(feature: Any) -> bool:
   scalar = getattr(feature, 'shape', None) == ()
-  return scalar and bool(dtype_utils.is_string(feature.dtype))
+  return scalar and bool(dtype_utils.is_string(feature.np_dtype))
 
 
 def _explain(name: str, doing: str, error: Exception) -> str:
@@ -220,8 +225,9 @@ def _explain(name: str, doing: str, error: Exception) -> str:
         f'TFDS needs {package} to {doing} {name}:'
         f' {_EXTRAS.get(package, f"pip install {package}")}'
       )
+  network = (ConnectionError, TimeoutError, socket.gaierror)
   for cause in chain:
-    if type(cause).__name__ in _NETWORK_ERRORS:
+    if isinstance(cause, network) or type(cause).__name__ in _NETWORK_ERRORS:
       return (
         f'no network to {doing} {name} ({_first_line(cause)}): prepare it where'
         ' there is one and name its directory, or give files'
@@ -308,10 +314,8 @@ class Examples:
   def _values(self) -> Iterator[bytes]:
     """Reads the texts as they are stored."""
     with _damage():
-      examples = tfds.builder_from_directory(self.directory).as_data_source(
-        self.split,
-        decoders=tfds.decode.PartialDecoding({self.text_field: True}),
-      )
+      builder = tfds.builder_from_directory(self.directory)
+      examples = builder.as_data_source(self.split)
     for start in range(self.start, self.stop, _READ_BATCH):
       numbers = range(start, min(start + _READ_BATCH, self.stop))
       try:

@@ -14,7 +14,7 @@ FILE = 'tokenizer.tiktoken'
 # In a run of a million blanks the library's regular expressions give up, and
 # the program with them. So long a run is cut: LLaMA 3 does so at 400,000.
 _LONGEST_BLANK = 2**18
-_LONG_BLANKS = re.compile(rf'(\s{{{_LONGEST_BLANK}}})')
+_LONG_BLANKS = re.compile(rf'(?<!\s)(\s{{{_LONGEST_BLANK},}})')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,11 @@ class TiktokenRanks:
     encode = self._tiktoken.encode_ordinary
     if len(text) < _LONGEST_BLANK:
       return np.array(encode(text), np.uint32)
-    ids = [i for piece in _LONG_BLANKS.split(text) for i in encode(piece)]
+    ids: list[int] = []
+    for at, piece in enumerate(_LONG_BLANKS.split(text)):
+      step = _LONGEST_BLANK if at % 2 else len(piece) + 1
+      for start in range(0, len(piece), step):
+        ids += encode(piece[start : start + step])
     return np.array(ids, np.uint32)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from train import config as config_lib
-from train import data, errors
-from train.data import wikipedia
+from train import errors
+from train.data import dataset as data
+from train.data import layouts, wikipedia
 
 TEXTS = [
   f'Chapter {i}. It was the {i}th day of a long journey, {i * 31 % 97} miles'
@@ -37,7 +38,7 @@ def load(tmp_path, write_corpus):
 def test_interface(load, caplog):
   caplog.set_level(logging.INFO, 'train.data')
   dataset = load()
-  assert dataset.vocab_size == dataset.tokenizer.vocab_size == 300
+  assert dataset.tokenizer.vocab_size == 300
   assert sum(dataset.documents.values()) == len(TEXTS)
   assert set(dataset.documents) == set(dataset.tokens)
   assert len(dataset.source_hash) == 64
@@ -45,11 +46,12 @@ def test_interface(load, caplog):
   assert set(batch) == {'tokens'}
   assert batch['tokens'].shape == (4, 17)
   assert batch['tokens'].dtype == np.int32
-  assert batch['tokens'].max() < dataset.vocab_size
+  assert batch['tokens'].max() < 300
   text = dataset.tokenizer.decode(batch['tokens'][0])
   assert any(text.split('<|endoftext|>')[0].strip() in t for t in TEXTS)
   weights = sum(b['weights'].sum() for b in dataset.validation())
-  assert weights == dataset.tokens['validation'] - 1
+  # Whole windows; of an end-of-text before the first document none is counted.
+  assert weights == dataset.tokens['validation'] // 16 * 16
   assert {record.name for record in caplog.records} == {'train.data'}
   assert 'validation: ' in caplog.text
 
@@ -73,7 +75,7 @@ def test_train_and_validation_share_no_document(load):
 def test_validation_tokens_bound_what_is_scored(load):
   dataset = load(validation_tokens=100)
   batches = dataset.validation()
-  assert sum(b['weights'].sum() for b in batches) == 100
+  assert sum(b['weights'].sum() for b in batches) == 96  # Whole windows.
   whole = load().validation()
   np.testing.assert_array_equal(batches[0]['tokens'], whole[0]['tokens'])
 
@@ -89,11 +91,23 @@ def test_fresh_load_gives_the_same_batches(load):
     np.testing.assert_array_equal(a['tokens'], b['tokens'])
 
 
-def test_batch_shape_does_not_touch_the_cache(load, tmp_path):
+def test_what_is_read_of_windows_does_not_touch_the_cache(load, tmp_path):
   one = load()
-  other = load(batch_size=2, sequence_length=8, validation_tokens=50)
+  other = load(batch_size=2, validation_tokens=50, layout='random')
   assert one.source_hash == other.source_hash
-  assert len(list((tmp_path / 'cache' / 'tokens').iterdir())) == 1
+  assert len(list((tmp_path / 'cache' / 'prepared').iterdir())) == 1
+  load(layout='packed')
+  assert len(list((tmp_path / 'cache' / 'prepared').iterdir())) == 2
+
+
+@pytest.mark.parametrize('layout', layouts.LAYOUTS)
+def test_each_layout_gives_its_batches(load, layout):
+  dataset = load(layout=layout)
+  assert dataset.config.layout == layout
+  batch = dataset.train(0)[3]
+  row = {name: (array.shape[1:], array.dtype) for name, array in batch.items()}
+  assert row == layouts.batch_shapes(layout, 16)
+  assert all('weights' in batch for batch in dataset.validation())
 
 
 def test_single_book_is_split(tmp_path):
@@ -108,8 +122,8 @@ def test_single_book_is_split(tmp_path):
 def test_too_little_to_train_on(load):
   with pytest.raises(
     errors.UserError,
-    match=r'training split has [\d,]+ tokens \(\d+ documents\), one batch needs'
-    r' 80,001: .*--data\.files.*--data\.batch_size.*--data\.sequence_length',
+    match=r'training split has [\d,]+ windows of 16 tokens \(\d+ documents\), '
+    r'one batch needs 5,000: .*--data\.batch_size.*--data\.sequence_length',
   ):
     load(batch_size=5000)
 
@@ -132,8 +146,8 @@ def test_more_steps_than_text_are_refused(load):
 def test_too_little_to_validate_on(load):
   with pytest.raises(
     errors.UserError,
-    match=r'validation split has 1 tokens \(0 documents\), one window needs 17:'
-    r' .*--data\.validation_fraction.*--data\.sequence_length',
+    match=r'validation split has \d tokens \(0 documents\), one window needs 17:'
+    r' .*hold more out',
   ):
     load(validation_fraction=1e-9)
 
@@ -148,7 +162,7 @@ def test_unknown_corpus(tmp_path):
 def test_default_cache(tmp_path, monkeypatch, write_corpus):
   monkeypatch.setenv('GRADPOWER_CACHE', str(tmp_path / 'there'))
   data.load(make_config(write_corpus(tmp_path, TEXTS)))
-  assert (tmp_path / 'there' / 'tokens').is_dir()
+  assert (tmp_path / 'there' / 'prepared').is_dir()
 
 
 def test_wikipedia_by_name(tmp_path, monkeypatch, make_wheel, no_pip):
@@ -174,11 +188,90 @@ def test_wikipedia_by_name(tmp_path, monkeypatch, make_wheel, no_pip):
     ('validation_fraction', 1.0),
     ('validation_fraction', float('nan')),
     ('text_field', ''),
+    ('layout', 'padded'),
   ],
 )
 def test_config_names_the_option(field, value):
   with pytest.raises(errors.UserError, match=rf'^--data\.{field} '):
     config_lib.DataConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+  'others', [{'files': 'a.txt'}, {'tokenizer': 't.json'}]
+)
+def test_prepared_data_have_their_own(others):
+  with pytest.raises(errors.UserError, match='does not go with --data.prepared'):
+    config_lib.DataConfig(prepared='somewhere', **others)
+
+
+@pytest.fixture
+def prepared(load):
+  """Directories that were prepared, by layout."""
+
+  def prepared(layout, texts=TEXTS, **kwargs):
+    return load(texts, layout=layout, **kwargs).sources[0].directory
+
+  return prepared
+
+
+def of(directory, **kwargs):
+  return config_lib.DataConfig(
+    prepared=str(directory),
+    **{'sequence_length': 16, 'batch_size': 4, **kwargs},
+  )
+
+
+def test_prepared_data_are_what_the_text_gives(load, prepared):
+  from_text = load(layout='packed')
+  dataset = data.load(of(prepared('packed')))
+  assert dataset.config.layout == 'packed'
+  assert dataset.source_hash == from_text.source_hash
+  np.testing.assert_equal(dataset.train(3)[5], from_text.train(3)[5])
+
+
+def test_a_stream_is_read_in_either_way(prepared):
+  directory = prepared('stream')
+  stream = data.load(of(directory)).train(0)[0]['tokens']
+  windows = data.load(of(directory, layout='random')).train(0)[0]['tokens']
+  assert stream.shape == windows.shape
+  assert (stream != windows).any()
+
+
+@pytest.mark.parametrize(
+  ('asked', 'message'),
+  [
+    ({'sequence_length': 17}, 'give --data.sequence_length 16, or prepare with'),
+    ({'layout': 'packed'}, 'in the layout stream, not packed: give --data.lay'),
+    ({'layout': 'truncate'}, 'or prepare with --layout truncate'),
+  ],
+)
+def test_prepared_data_are_not_taken_for_others(prepared, asked, message):
+  with pytest.raises(errors.UserError, match=message):
+    data.load(of(prepared('stream'), **asked))
+
+
+def test_a_mixture_is_of_its_sources(load, prepared, tmp_path):
+  one, other = prepared('stream'), tmp_path / 'other'
+  one.rename(other)
+  # Of one vocabulary: trained on this text, given with the next.
+  two = prepared(
+    'stream', [t[::-1] for t in TEXTS], tokenizer=str(other)
+  )  # fmt: skip
+  first, second = (data.load(of(p)) for p in (other, two))
+  mixed = data.load(of(f'{other}=3,{two}=1;50:{two}'))
+  assert mixed.documents['train'] == sum(
+    dataset.documents['train'] for dataset in (first, second)
+  )
+  hashes = {d.source_hash for d in (first, second, mixed)}
+  hashes.add(data.load(of(f'{other}=1,{two}=1')).source_hash)
+  assert len(hashes) == 4
+  batches = mixed.train(0)
+  assert batches.taken(50)[1] < 80
+  assert batches.taken(70)[1] - batches.taken(50)[1] == 80
+  mixed.check_steps(10**6)
+  once = data.load(of(f'{other},{two}=3', repeat=False))
+  with pytest.raises(errors.UserError, match='--data.repeat true'):
+    once.check_steps(10**5)
 
 
 @pytest.mark.skipif(
@@ -198,6 +291,6 @@ def test_real_prose(tmp_path):
   texts = [record['text'] for record in records]
   encoded = dataset.tokenizer.encode_batch(texts)
   assert [dataset.tokenizer.decode(tokens) for tokens in encoded] == texts
-  assert sum(map(len, encoded)) + len(texts) + 2 == sum(dataset.tokens.values())
+  assert sum(map(len, encoded)) + len(texts) == sum(dataset.tokens.values())
   characters = sum(map(len, texts))
   assert 2.5 < characters / sum(map(len, encoded)) < 4.5

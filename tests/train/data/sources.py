@@ -10,7 +10,8 @@ from train.data import source
 COMPRESS = {
   '': bytes,
   '.gz': gzip.compress,
-  '.zst': zstandard.compress,
+  # As the program does it, with a checksum.
+  '.zst': zstandard.ZstdCompressor(write_checksum=True).compress,
   '.xz': lzma.compress,
 }
 

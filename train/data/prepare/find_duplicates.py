@@ -12,6 +12,9 @@ from train import storage
 from train.data import near_duplicates
 from train.data.prepare import files, tokenize_part
 
+SAMPLE = 2**18
+"""Held-out documents that are looked at, at most: 0.2 GB in each process."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -33,9 +36,7 @@ class FindDuplicates:
     """Raises: UserError: the disk cannot be written."""
     path = _path(task.piece)
     if not path.exists():
-      matches = _index(self.held_out).matches(
-        tokenize_part.sketches(task.piece, 'train')
-      )
+      matches = self._index.matches(tokenize_part.sketches(task.piece, 'train'))
       found = {
         'train_documents': matches.train_documents,
         'validation_documents': matches.validation_documents.tolist(),
@@ -45,10 +46,25 @@ class FindDuplicates:
         storage.write_atomically(path, json.dumps(found))
     count(0, task.size)
 
+  @functools.cached_property
+  def _index(self) -> near_duplicates.Index:
+    """Made when it is first needed: once in a process."""
+    return near_duplicates.Index(
+      tokenize_part.sketches(self.held_out, 'validation', SAMPLE)
+    )
+
 
 def summary(documents: int, pieces: list[pathlib.Path]) -> dict[str, Any]:
-  """Returns what stats.json says, of held-out documents and all pieces."""
-  return near_duplicates.summary(documents, map(_read, pieces))
+  """Returns what stats.json says of the parts, and of how many held out.
+
+  Args:
+    documents: How many are held out; the first `SAMPLE` are looked at, which
+      the order by hash makes a fair sample.
+    pieces: All of the parts, done.
+  """
+  looked_at = min(documents, SAMPLE)
+  found = near_duplicates.summary(looked_at, map(_read, pieces))
+  return {'looked_at': looked_at, **found}
 
 
 def _read(path: pathlib.Path) -> near_duplicates.Matches:
@@ -62,9 +78,3 @@ def _read(path: pathlib.Path) -> near_duplicates.Matches:
 
 def _path(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'{path.name}.near-duplicates.json')
-
-
-@functools.lru_cache(1)
-def _index(held_out: pathlib.Path) -> near_duplicates.Index:
-  """Made once in a process."""
-  return near_duplicates.Index(tokenize_part.sketches(held_out, 'validation'))

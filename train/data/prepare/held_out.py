@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -60,8 +60,7 @@ class LayOut:
       if self.request.layout in layouts.CONTIGUOUS:
         columns.append({'tokens': np.asarray([self.end], self.dtype)})
         summary.units += 1
-      for start in range(0, len(chosen), layouts.GROUP):
-        documents = chosen[start : start + layouts.GROUP]
+      for documents in tokens.groups(chosen):
         columns.append(
           tokenize_part.lay_out(
             self.request, *tokens.read(documents), self.end, summary
@@ -101,6 +100,16 @@ class _Gather:
     self._first = np.cumsum([0, *map(len, found)])
     self._counts = np.concatenate(found)
     self._starts = np.concatenate([np.cumsum(each) - each for each in found])
+
+  def groups(self, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Cuts them into what can be read at once."""
+    first = total = 0
+    for i, count in enumerate(self._counts[documents].tolist()):
+      total += count
+      if i + 1 - first == layouts.GROUP or total >= tokenize_part.GROUP_TOKENS:
+        yield documents[first : i + 1]
+        first, total = i + 1, 0
+    yield documents[first:]
 
   def read(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns numbers (N,), those of one after another, and counts (D,)."""

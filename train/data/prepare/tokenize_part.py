@@ -24,7 +24,7 @@ SKETCHES, COUNTS = 'sketches', 'sketch_counts'
 # and written, at once: of documents, or of fewer with very many tokens.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2**20
-_GROUP_TOKENS = 2**23
+GROUP_TOKENS = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Group:
       self._train.append(tokens)
     self._tokens += len(tokens)
     if (
-      self._tokens >= _GROUP_TOKENS
+      self._tokens >= GROUP_TOKENS
       or len(self._train) == layouts.GROUP
       or len(self._held_out) == layouts.GROUP
     ):
@@ -169,12 +169,15 @@ class Group:
     )
 
 
-def sketches(path: pathlib.Path, name: str) -> near_duplicates.Sketches:
-  """Returns the sketches of a split's documents in a piece."""
-  return near_duplicates.Sketches(
-    piece.column(path, f'{name}_{SKETCHES}', np.uint64),
-    piece.column(path, f'{name}_{COUNTS}', np.int64),
+def sketches(
+  path: pathlib.Path, name: str, documents: int = -1
+) -> near_duplicates.Sketches:
+  """Returns the sketches of a split's first documents in a piece; -1: all."""
+  counts = piece.column(path, f'{name}_{COUNTS}', np.int64, 0, documents)
+  values = piece.column(
+    path, f'{name}_{SKETCHES}', np.uint64, 0, int(counts.sum())
   )
+  return near_duplicates.Sketches(values, counts)
 
 
 def lay_out(

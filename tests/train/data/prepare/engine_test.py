@@ -83,6 +83,21 @@ def test_workers_end_with_their_parent(tmp_path, number):
     assert said.strip().endswith(b'KeyboardInterrupt')
 
 
+def test_workers_start_without_jax():
+  line = (
+    'import sys, train.data.prepare, train.data.tokenizer\n'
+    'print({"jax", "flax", "models", "tensorflow_datasets"} & {*sys.modules})'
+  )
+  found = subprocess.run(
+    [sys.executable, '-c', line],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert found.stdout == 'set()\n'
+
+
 def alive(pid):
   try:
     state = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]

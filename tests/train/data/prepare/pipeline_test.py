@@ -12,6 +12,7 @@ from train import errors
 from train.data import layouts, source, split, stats, tokenizer
 from train.data.prepare import (
   files,
+  find_duplicates,
   held_out,
   piece,
   pipeline,
@@ -116,7 +117,7 @@ def test_truncated_documents(tmp_path, name):
 @pytest.mark.parametrize('group', [1, 900, 2**23])
 @pytest.mark.parametrize('name', stats.SPLITS)
 def test_packed_documents_keep_every_target(tmp_path, monkeypatch, name, group):
-  monkeypatch.setattr(tokenize_part, '_GROUP_TOKENS', group)
+  monkeypatch.setattr(tokenize_part, 'GROUP_TOKENS', group)
   made = make(tmp_path, 'packed')
   found = read(tmp_path, name)
   batch = layouts.to_batch('packed', found)
@@ -198,6 +199,7 @@ def test_finished_parts_are_kept(tmp_path, monkeypatch):
     (files, 'move'),
     (held_out._Gather, 'read'),
     (piece.Summary, 'write'),
+    (stats.Stats, 'to_json'),
     (tokenize_part.Group, 'flush'),
   ],
 )
@@ -332,6 +334,9 @@ def test_a_vocabulary_of_the_training_split(tmp_path, monkeypatch):
   ]
   expected = tokenizer.ByteLevelBPE.train(train, 290)
   assert made.tokenizer_hash == expected.digest()
+  # Cut off while it is trained.
+  with pytest.raises(KeyboardInterrupt):
+    prepare(*arguments, tmp_path / 'b', progress=fakes.Interrupting(2))
   # It is trained once.
   with pytest.raises(KeyboardInterrupt):
     prepare(*arguments, tmp_path / 'b', progress=fakes.Interrupting(20))
@@ -424,6 +429,7 @@ def test_near_duplicates_are_counted_and_named(tmp_path):
   assert found['validation_documents'] == len(held)
   assert found['train_documents'] == 20 - len(held)
   assert found['examples'][0]['train'][0] == 5
+  assert found['looked_at'] == made.documents['validation']
   # A held-out document's number is that of its place in the split.
   hashes = sorted(
     split.text_hash(text)
@@ -432,3 +438,15 @@ def test_near_duplicates_are_counted_and_named(tmp_path):
   )
   named = {hashes[pair['validation']] for pair in found['examples']}
   assert named <= {split.text_hash(text) for text in held}
+
+
+def test_of_very_many_held_out_documents_some_are_looked_at(
+  tmp_path, monkeypatch
+):
+  text = ' '.join(f'w{i * 7919 % 1000}' for i in range(80))
+  twins = tuple(f'{text} {i}' for i in range(60))
+  arguments = (fakes.Source((twins,)), fakes.bpe(), request_for())
+  monkeypatch.setattr(find_duplicates, 'SAMPLE', 3)
+  found = prepare(*arguments, tmp_path).near_duplicates
+  assert found['looked_at'] == found['validation_documents'] == 3
+  assert found['train_documents'] > 30

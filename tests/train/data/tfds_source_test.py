@@ -1,0 +1,306 @@
+import importlib.util
+import json
+import pickle
+import random
+import shutil
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.train.data.sources import digests, read, read_bad
+from train import errors
+from train.data import source, tfds_source
+
+TEXTS = [f'Example {i}: größer ' + 'word ' * (i % 30) for i in range(500)]
+NO_TENSORFLOW = importlib.util.find_spec('tensorflow') is None
+NO_BEAM = importlib.util.find_spec('apache_beam') is None
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict(
+        {
+          'text': tfds.features.Text(),
+          'title': tfds.features.Text(),
+          'number': tfds.features.Scalar(dtype=np.int64),
+          'lines': tfds.features.Sequence(tfds.features.Text()),
+        }
+      )
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      'train': self._generate_examples(TEXTS),
+      'test': self._generate_examples(TEXTS[:7]),
+    }
+
+  def _generate_examples(self, texts):
+    for i, text in enumerate(texts):
+      yield i, {'text': text, 'title': f'{i}', 'number': i, 'lines': [text]}
+
+
+class SmallTextsPlain(_Builder):
+  """As it should be."""
+
+
+class SmallTextsWithTensorflow(_Builder):
+  """Imports TensorFlow when it is prepared."""
+
+  def _generate_examples(self, texts):
+    import tensorflow
+
+    yield from super()._generate_examples(tensorflow.constant(texts))
+
+
+class SmallTextsWithBeam(_Builder):
+  """Is prepared on Beam."""
+
+  def _generate_examples(self, texts):
+    beam = tfds.core.lazy_imports.apache_beam
+    return beam.Create(list(super()._generate_examples(texts)))
+
+
+class SmallTextsWithNetwork(_Builder):
+  """Fetches from where no one listens."""
+
+  def _generate_examples(self, texts):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener.open('http://127.0.0.1:9', timeout=5)
+    yield 0, {}
+
+
+class SmallTextsBroken(_Builder):
+  """Has an error in its code."""
+
+  def _generate_examples(self, texts):
+    yield 0, {'text': 1 // len(texts[:0])}
+
+
+class SmallTextsBadTexts(_Builder):
+  """Has examples that are no documents."""
+
+  def _generate_examples(self, texts):
+    texts = [b'good', b'caf\xe9', b' ', b'a\0', b'x' * 51, b'last']
+    yield from super()._generate_examples(texts)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """The plain one, prepared."""
+  return _prepare(SmallTextsPlain, tmp_path_factory.mktemp('tfds'))
+
+
+def _prepare(builder, data_dir):
+  tfds_source.TfdsSource(builder.name, data_dir=data_dir).parts()
+  return data_dir / builder.name / '1.0.0'
+
+
+def refused(match):
+  return pytest.raises(errors.UserError, match=match)
+
+
+def test_by_name_is_prepared_as_array_record(tmp_path, capfd):
+  texts = tfds_source.TfdsSource('small_texts_plain', data_dir=tmp_path)
+  found = read(texts)
+  assert sorted(found) == sorted(TEXTS)
+  assert list(tmp_path.rglob('*-train.array_record-*'))
+  assert capfd.readouterr().out == ''
+  # And not again: the second time it is there.
+  file = next(tmp_path.rglob('*-train.array_record-*'))
+  written = file.stat().st_mtime_ns
+  again = tfds_source.TfdsSource('small_texts_plain', data_dir=tmp_path)
+  assert read(again) == found
+  assert file.stat().st_mtime_ns == written
+  assert again.listing() == [
+    ['small_texts_plain/1.0.0', 'train'],
+    [file.name, file.stat().st_size],
+  ]
+  assert NO_TENSORFLOW or 'tensorflow' not in sys.modules
+
+
+def test_parts_of_a_directory(prepared, monkeypatch):
+  (whole,) = tfds_source.TfdsSource(str(prepared)).parts()
+  texts = list(whole.read(source.Problems(skip=False)))
+  monkeypatch.setattr(tfds_source, 'PART', 150)
+  monkeypatch.setattr(tfds_source, '_READ_BATCH', 40)
+  parts = tfds_source.TfdsSource(str(prepared)).parts()
+  parts = pickle.loads(pickle.dumps(parts))
+  assert [(p.start, p.stop) for p in parts] == [
+    (0, 150), (150, 300), (300, 450), (450, 500)
+  ]  # fmt: skip
+  assert sum(p.size for p in parts) == pytest.approx(whole.size, abs=4)
+  problems = source.Problems(skip=False)
+  assert [t for part in parts for t in part.read(problems)] == texts
+  assert len({part.digest() for part in parts}) == 4
+
+
+@pytest.mark.parametrize(
+  ('split', 'count'), [('test', 7), ('train[:10%]', 50), ('test+train', 507)]
+)
+def test_splits(prepared, split, count):
+  texts = tfds_source.TfdsSource(str(prepared), split=split)
+  assert len(read(texts)) == count
+  assert texts.listing()[0] == ['small_texts_plain/1.0.0', split]
+
+
+def test_digest_is_of_the_texts(prepared, tmp_path):
+  shutil.copytree(prepared, tmp_path / 'moved')
+  first = digests(tfds_source.TfdsSource(str(prepared)))
+  assert digests(tfds_source.TfdsSource(str(tmp_path / 'moved'))) == first
+  assert digests(tfds_source.TfdsSource(str(prepared), 'title')) != first
+  test = tfds_source.TfdsSource(str(prepared), split='test')
+  assert digests(test) != first
+  assert read(tfds_source.TfdsSource(str(prepared), 'title'))[0].isdigit()
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'match'),
+  [
+    (
+      {'split': 'dev'},
+      r"has no split 'dev' \(it has: test, train\); .* --tfds-split",
+    ),
+    ({'split': 'train[oops]'}, r"Error parsing split 'train\[oops\]'"),
+    ({'split': 'train[:0]'}, r"no examples in 'train\[:0\]'"),
+    (
+      {'text_field': 'body'},
+      r"'body' is not there \(those of text: text, title\); .* --text-field",
+    ),
+    ({'text_field': 'number'}, r"'number' is not text \(those of text: "),
+    ({'text_field': 'lines'}, r"'lines' is not text \(those of text: "),
+  ],
+)
+def test_what_is_not_there(prepared, kwargs, match):
+  with refused(match) as caught:
+    tfds_source.TfdsSource(str(prepared), **kwargs).parts()
+  assert '\n' not in str(caught.value)
+  assert str(caught.value).startswith('--tfds: ')
+
+
+@pytest.mark.parametrize(
+  ('name', 'match'),
+  [
+    pytest.param(
+      'c4/en',
+      r"TFDS needs tensorflow to open c4/en: pip .*'\.\[train,tensorflow\]'",
+      marks=pytest.mark.skipif(not NO_TENSORFLOW, reason='it is installed'),
+    ),
+    pytest.param(
+      'wikipedia/20230601.simple',
+      r'TFDS needs tensorflow to open wikipedia/20230601\.simple: pip install',
+      marks=pytest.mark.skipif(not NO_TENSORFLOW, reason='it is installed'),
+    ),
+    ('no_such_set', r"TFDS has no dataset 'no_such_set'"),
+    ('no such: name', r'TFDS (cannot open|has no dataset)'),
+    pytest.param(
+      'small_texts_with_tensorflow',
+      r"TFDS needs tensorflow to prepare small.*'\.\[train,tensorflow\]'",
+      marks=pytest.mark.skipif(not NO_TENSORFLOW, reason='it is installed'),
+    ),
+    pytest.param(
+      'small_texts_with_beam',
+      r"TFDS needs apache_beam to prepare small.*pip.*'\.\[train,beam\]'",
+      marks=pytest.mark.skipif(not NO_BEAM, reason='it is installed'),
+    ),
+    pytest.param(
+      'huggingface:org/name',
+      r'reads huggingface:org/name with .* not installed: pip install datasets',
+      marks=pytest.mark.skipif(
+        importlib.util.find_spec('datasets') is not None,
+        reason='it is installed',
+      ),
+    ),
+    ('small_texts_with_network', r'no network to prepare .*refused'),
+    ('small_texts_broken', r'TFDS cannot prepare .*: .*by zero'),
+    ('small_texts_plain/3.1.4', r'TFDS cannot open small_texts_plain/3'),
+    ('./nowhere', r'\./nowhere has no dataset_info\.json'),
+    ('~/nowhere', r'~/nowhere has no dataset_info\.json'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_errors_name_what_helps(tmp_path, capfd, name, match):
+  with refused(match) as caught:
+    tfds_source.TfdsSource(name, data_dir=tmp_path).parts()
+  assert '\n' not in str(caught.value)
+  assert capfd.readouterr().out == ''
+  assert not list(tmp_path.rglob('dataset_info.json'))
+
+
+def test_prepared_as_tfrecord(prepared, tmp_path):
+  directory = tmp_path / 'small_texts_plain' / '1.0.0'
+  shutil.copytree(prepared, directory)
+  info = json.loads((directory / 'dataset_info.json').read_text())
+  info['fileFormat'] = 'tfrecord'
+  for split in info['splits']:
+    split['filepathTemplate'] = split['filepathTemplate'].replace(
+      'array_record', 'tfrecord'
+    )
+  (directory / 'dataset_info.json').write_text(json.dumps(info))
+  for name in (str(directory), 'small_texts_plain'):
+    with refused(r"was prepared as tfrecord, .* file_format='array_record'"):
+      tfds_source.TfdsSource(name, data_dir=tmp_path).parts()
+
+
+def test_a_file_is_missing(prepared, tmp_path):
+  shutil.copytree(prepared, tmp_path / 'a')
+  next((tmp_path / 'a').glob('*-train.*')).unlink()
+  with refused('No such file'):
+    tfds_source.TfdsSource(str(tmp_path / 'a')).parts()
+
+
+def test_a_broken_dataset_info(prepared, tmp_path):
+  shutil.copytree(prepared, tmp_path / 'a')
+  (tmp_path / 'a' / 'dataset_info.json').write_text('{"name": ')
+  with refused('TFDS cannot read') as caught:
+    tfds_source.TfdsSource(str(tmp_path / 'a')).parts()
+  assert '\n' not in str(caught.value)
+
+
+def test_bad_texts(tmp_path, monkeypatch):
+  monkeypatch.setattr(source, 'LARGEST', 50)
+  _prepare(SmallTextsBadTexts, tmp_path)
+  texts = tfds_source.TfdsSource('small_texts_bad_texts', data_dir=tmp_path)
+  found, problems = read_bad(texts)
+  assert sorted(found) == ['good', 'last']
+  assert problems.counts == {'encoding': 2, 'empty': 1, 'giant': 1}
+  assert all('train, example ' in line for line in problems.first)
+  with refused('train, example '):
+    read(texts)
+
+
+@pytest.mark.parametrize(
+  'tries', [20, pytest.param(400, marks=pytest.mark.slow)]
+)
+def test_damaged_records(prepared, tmp_path, tries):
+  shutil.copytree(prepared, tmp_path / 'a')
+  file = next((tmp_path / 'a').glob('*-train.*'))
+  good = file.read_bytes()
+  whole = read(tfds_source.TfdsSource(str(tmp_path / 'a')))
+  told = 0
+  for seed in range(tries):
+    generator = random.Random(seed)
+    content = bytearray(good)
+    if generator.random() < 0.3:
+      content = content[: generator.randrange(len(content))]
+    else:
+      content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    file.write_bytes(content)
+    results = []
+    for _ in range(2):
+      texts = tfds_source.TfdsSource(str(tmp_path / 'a'))
+      try:
+        found, problems = read_bad(texts)
+        results.append((found, problems.first, digests(texts)))
+        told += 'truncated' in problems.counts
+        assert found == whole[: len(found)]
+      except errors.UserError as error:
+        assert '\n' not in str(error)
+        results.append(str(error))
+    assert results[0] == results[1]
+  assert told
