@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
       ),
       options.out,
       workers=options.workers,
-      engine_name=options.engine,
+      engine=options.engine,
       beam_options=options.beam_option or (),
       progress=shown,
     )

@@ -173,7 +173,7 @@ class _Place:
     self._before: int | None = None
 
   def __call__(self) -> str:
-    if self._before is None:
+    if self._before is None:  # One pass, and only where something is wrong.
       with open(self._path, 'rb') as file:
         self._before = sum(
           block.count(b'\n')

@@ -171,7 +171,7 @@ class TfdsSource:
           ' delete it to have that done here'
         ) from error
     features = builder.info.features
-    texts = [name for name, feature in features.items() if _is_text(feature)]
+    texts = sorted(name for name in features if _is_text(features[name]))
     if self._text_field not in texts:
       there = self._text_field in features
       what = 'is not text' if there else 'is not there'
@@ -226,7 +226,7 @@ def _explain(name: str, doing: str, error: Exception) -> str:
         f' {_EXTRAS.get(package, f"pip install {package}")}'
       )
   network = (ConnectionError, TimeoutError, socket.gaierror)
-  for cause in chain:
+  for cause in reversed(chain):
     if isinstance(cause, network) or type(cause).__name__ in _NETWORK_ERRORS:
       return (
         f'no network to {doing} {name} ({_first_line(cause)}): prepare it where'

@@ -134,6 +134,18 @@ def test_sources_are_mixed_by_step(second_stage, batch_size, seed):
       np.testing.assert_array_equal(np.sort(seen), np.arange(len(windows)))
 
 
+@pytest.mark.parametrize('layout', ['stream', 'random'])
+def test_sources_have_orders_of_their_own(layout):
+  sources = [stream(100, 3, layout), stream(100, 3, layout, first=1000)]
+  rows = loader.Batches(sources, 100, 0)[0]['tokens'][:, 0]
+  one, other = rows[rows < 1000], rows[rows >= 1000] - 1000
+  both = min(len(one), len(other))
+  assert (one[:both] != other[:both]).mean() > 0.9
+  # The first has the order that it has alone.
+  alone = loader.Batches(sources[:1], 100, 0)[0]['tokens'][:, 0]
+  np.testing.assert_array_equal(one, alone[: len(one)])
+
+
 def test_the_shares_of_a_stage_are_exact():
   sources = [stream(40, 3), stream(25, 3, first=1000)]
   batches = loader.Batches(sources, 100, 0, [(0, [3, 1]), (100, [1, 4])])

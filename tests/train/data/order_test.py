@@ -42,6 +42,20 @@ def test_shuffle_is_the_order_that_runs_have_had():
   ]
 
 
+def test_orders_stay_as_they_are():
+  # A run that goes on under a later version must find its examples again.
+  assert order.Shuffle(5, 17)(np.arange(3, 12)).tolist() == [
+    *(3, 1),
+    *(4, 3, 1, 2, 0),
+    *(1, 3),
+  ]
+  offsets = order.RandomOffsets(1000, 17)(np.arange(4))
+  assert offsets.tolist() == [12, 219, 78, 258]
+  mixture = order.Mixture([(0, [3, 1]), (10, [1, 1])], 17)
+  sources, _ = mixture(np.arange(4, 16))
+  assert sources.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize('count', [7, 500, 4095, 4096])
 def test_examples_do_not_depend_on_company(count):
   chosen = order.Shuffle(count, 3)

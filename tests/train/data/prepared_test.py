@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 import threading
 
@@ -172,7 +173,7 @@ def test_the_tokenizer_comes_back(made, copy):
   tokenizer = prepared.Prepared(made / 'stream').tokenizer
   assert tokenizer.decode(tokenizer.encode_batch(['some'])[0]) == 'some'
   content = (copy / 'tokenizer.json').read_text()
-  for damaged in ('', content[:100], content.replace('some', 'same')):
+  for damaged in ('', content[:100], content + ' '):
     (copy / 'tokenizer.json').write_text(damaged)
     with pytest.raises(errors.UserError, match=r'tokenizer\.json is damaged'):
       _ = prepared.Prepared(copy).tokenizer
@@ -253,6 +254,36 @@ def test_damaged_metadata_are_refused(made, copy, name, damage):
     text = path.read_text()
     path.write_text({'empty': '', 'cut': text[:40], 'none': '{}'}[damage])
   refused(copy, r'json is damaged|other than stats')
+
+
+def test_metadata_of_other_files_are_refused(copy):
+  path = copy / 'dataset_info.json'
+  info = json.loads(path.read_text())
+  lengths = next(s for s in info['splits'] if s['name'] == 'train')
+  assert lengths['shardLengths'] == ['30', '30', '30', '10']
+  lengths['shardLengths'] = ['60', '30', '10']
+  path.write_text(json.dumps(info))
+  refused(copy, 'it says other than stats')
+
+
+def test_more_files_than_a_shell_allows_to_be_open(tmp_path):
+  tokens = np.arange(41 * 3 + 1, dtype=np.uint16)
+  directory = prepared_maker.make(
+    tmp_path / 'made',
+    {'train': prepared_maker.stream_rows(tokens, 3)},
+    layout='stream',
+    length=3,
+    per_file=1,
+  )
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  taken = len(list(pathlib.Path('/proc/self/fd').iterdir()))
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 20, before[1]))
+    windows = prepared.Prepared(directory).windows('train')
+    found = windows.__getitems__(np.arange(41))['tokens']
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  np.testing.assert_array_equal(found[:, 0], np.arange(41) * 3)
 
 
 def test_damaged_records_are_told_with_the_file(copy):

@@ -1,23 +1,19 @@
 """The steps from a source to a directory that can be trained on."""
 
-import contextlib
-import fcntl
-import json
 import logging
-import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from train import errors, lock, storage
+from train import errors, storage
 from train.data import layouts
 from train.data import source as source_lib
 from train.data import stats as stats_lib
 from train.data import tokenizer as tokenizer_lib
 from train.data.prepare import (
-  engine,
+  directory,
   files,
   find_duplicates,
   held_out,
@@ -28,12 +24,11 @@ from train.data.prepare import (
   vocabulary,
   write_records,
 )
+from train.data.prepare import engine as engine_lib
 from train.data.prepare import progress as progress_lib
 
 _logger = logging.getLogger('train.data')
 
-_WORK = '.work'
-_LOCK = 'lock'
 _SMALLEST_VOCABULARY = 257
 _NAMED = 5  # Bad documents.
 _LONGEST = 2**17 - 3  # What numbers of 16 bits count in a row: pieces of 2.
@@ -46,7 +41,7 @@ def prepare(
   out: pathlib.Path,
   *,
   workers: int = 1,
-  engine_name: str = 'local',
+  engine: str = 'local',
   beam_options: Sequence[str] = (),
   progress: progress_lib.Progress | None = None,
 ) -> stats_lib.Stats:
@@ -63,7 +58,7 @@ def prepare(
     out: The directory; made where it is not there. `stats.json` in it, written
       last of all, says that it is complete.
     workers: Processes of this machine.
-    engine_name: 'local', or 'beam' for Apache Beam.
+    engine: 'local', or 'beam' for Apache Beam.
     beam_options: Beam's own, as '--runner=FlinkRunner'.
     progress: Told how far it is.
 
@@ -79,12 +74,12 @@ def prepare(
   wanted = plan.plan(source, tokenizer, request)
   if found := _found(out, wanted, request):
     return found
-  work = out / _WORK
-  runner = _engine(engine_name, workers, beam_options, work)
+  work = out / directory.WORK
+  runner = _engine(engine, workers, beam_options, work)
   with files.writing(out):
-    _check_free(out, work)
+    directory.check_free(out)
     storage.make_directory(work)
-  with _alone(work):
+  with directory.alone(work):
     if found := _found(out, wanted, request):
       return found  # Another process has just made it.
     with files.writing(out):
@@ -105,51 +100,41 @@ def _prepare(
   request: source_lib.Request,
   out: pathlib.Path,
   wanted: plan.Plan,
-  runner: engine.Engine,
+  runner: engine_lib.Engine,
   shown: progress_lib.Progress,
 ) -> stats_lib.Stats:
-  work = out / _WORK
-  parts = source.parts()
-  digests: list[str] = []
-  if isinstance(tokenizer, int):
-    tokenizer, digests = vocabulary.trained(
-      source, tokenizer, request, work, shown
-    )
-  dtype = plan.token_dtype(tokenizer)
-  tasks = [
-    tokenize_part.Task(i, part, digests[i] if i < len(digests) else '')
-    for i, part in enumerate(parts)
-  ]
-  shown.begin('tokens', sum(part.size for part in parts))
-  runner.run(
-    tokenize_part.TokenizePart(tokenizer, request, dtype, work), tasks, shown
-  )
+  work = out / directory.WORK
+  tokenizer, tasks = _tokenize(source, tokenizer, request, work, runner, shown)
   pieces = [work / task.name for task in tasks]
-  summaries = [piece.summary(path) for path in pieces]
+  dtype = plan.token_dtype(tokenizer)
 
   shown.begin('held-out documents', 0)
   validation = held_out.LayOut(
     tuple(pieces), request, tokenizer.end_of_text, dtype, work
   )()
-  summaries_of = {'train': summaries, 'validation': [piece.summary(validation)]}
-  units = {
-    'train': {
-      path: summary.units
-      for path, summary in zip(pieces, summaries, strict=True)
-    },
-    'validation': {validation: summaries_of['validation'][0].units},
+  pieces_of = {'train': pieces, 'validation': [validation]}
+  summaries_of = {
+    split: [piece.summary(path) for path in paths]
+    for split, paths in pieces_of.items()
   }
   rows = {
     split: piece.Rows(
-      units[split], request.layout, request.sequence_length, dtype
+      {
+        path: summary.units
+        for path, summary in zip(paths, summaries_of[split], strict=True)
+      },
+      request.layout,
+      request.sequence_length,
+      dtype,
     )
-    for split in stats_lib.SPLITS
+    for split, paths in pieces_of.items()
   }
-  documents = _total(summary.documents for summary in summaries)
-  tokens = _total(summary.tokens for summary in summaries)
+  of_parts = summaries_of['train']
+  documents = _total(summary.documents for summary in of_parts)
+  tokens = _total(summary.tokens for summary in of_parts)
   for split in stats_lib.SPLITS:
     if not len(rows[split]):
-      _discard(out)
+      directory.discard(out)
       raise _too_small(split, documents[split], tokens[split], request)
 
   lookups = [
@@ -158,19 +143,7 @@ def _prepare(
   ]
   shown.begin('near-duplicates', sum(lookup.size for lookup in lookups))
   runner.run(find_duplicates.FindDuplicates(validation), lookups, shown)
-
-  serializer = records.Serializer(
-    request.layout, request.sequence_length, dtype
-  )
-  shards = {
-    split: plan.shards(split, len(rows[split]), serializer.size)
-    for split in stats_lib.SPLITS
-  }
-  every = [shard for split in stats_lib.SPLITS for shard in shards[split]]
-  shown.begin('records', sum(shard.size for shard in every))
-  runner.run(
-    write_records.WriteRecords(rows, serializer, out, work), every, shown
-  )
+  shards = _write_records(rows, request, dtype, out, runner, shown)
 
   stats = stats_lib.Stats(
     format=stats_lib.FORMAT,
@@ -187,20 +160,76 @@ def _prepare(
       )
       for split in stats_lib.SPLITS
     },
-    skipped=_total(summary.skipped for summary in summaries),
+    skipped=_total(summary.skipped for summary in of_parts),
     near_duplicates=find_duplicates.summary(documents['validation'], pieces),
     vocab_size=tokenizer.vocab_size,
     padded_vocab_size=tokenizer.padded_vocab_size,
     tokenizer=tokenizer.file_name,
     tokenizer_hash=tokenizer.digest(),
-    source_hash=plan.source_hash([summary.digest for summary in summaries]),
+    source_hash=plan.source_hash([summary.digest for summary in of_parts]),
     validation_fraction=request.validation_fraction,
     request=wanted.digest(),
-    files={shard.name: (out / shard.name).stat().st_size for shard in every},
+    files={
+      shard.name: (out / shard.name).stat().st_size
+      for split in stats_lib.SPLITS
+      for shard in shards[split]
+    },
   )
   _complete(out, request, tokenizer, dtype, shards, stats)
-  _tell_problems(summaries)
+  _tell_problems(of_parts)
   return stats
+
+
+def _tokenize(
+  source: source_lib.Source,
+  tokenizer: tokenizer_lib.Tokenizer | int,
+  request: source_lib.Request,
+  work: pathlib.Path,
+  runner: engine_lib.Engine,
+  shown: progress_lib.Progress,
+) -> tuple[tokenizer_lib.Tokenizer, list[tokenize_part.Task]]:
+  """Makes the piece of every part; trains a tokenizer first, if need be."""
+  digests: list[str] = []
+  if isinstance(tokenizer, int):
+    tokenizer, digests = vocabulary.trained(
+      source, tokenizer, request, work, shown
+    )
+  tasks = [
+    tokenize_part.Task(i, part, digests[i] if i < len(digests) else '')
+    for i, part in enumerate(source.parts())
+  ]
+  shown.begin('tokens', sum(task.size for task in tasks))
+  dtype = plan.token_dtype(tokenizer)
+  runner.run(
+    tokenize_part.TokenizePart(tokenizer, request, dtype, work), tasks, shown
+  )
+  return tokenizer, tasks
+
+
+def _write_records(
+  rows: dict[str, piece.Rows],
+  request: source_lib.Request,
+  dtype: np.dtype,
+  out: pathlib.Path,
+  runner: engine_lib.Engine,
+  shown: progress_lib.Progress,
+) -> dict[str, list[plan.Shard]]:
+  """Writes every file of records, and returns which those are, by split."""
+  serializer = records.Serializer(
+    request.layout, request.sequence_length, dtype
+  )
+  shards = {
+    split: plan.shards(split, len(rows[split]), serializer.size)
+    for split in stats_lib.SPLITS
+  }
+  every = [shard for split in stats_lib.SPLITS for shard in shards[split]]
+  shown.begin('records', sum(shard.size for shard in every))
+  runner.run(
+    write_records.WriteRecords(rows, serializer, out, out / directory.WORK),
+    every,
+    shown,
+  )
+  return shards
 
 
 def _check(
@@ -235,62 +264,19 @@ def _found(
   found = plan.completed(out, wanted, request.skip_bad)
   if found:
     # Of a process that was killed in the last moment.
-    shutil.rmtree(out / _WORK, ignore_errors=True)
+    shutil.rmtree(out / directory.WORK, ignore_errors=True)
     _logger.info('%s is complete already', out)
   return found
 
 
 def _engine(
   name: str, workers: int, beam_options: Sequence[str], work: pathlib.Path
-) -> engine.Engine:
+) -> engine_lib.Engine:
   if name == 'local':
-    return engine.Local(workers)
+    return engine_lib.Local(workers)
   from train.data.prepare.beam_engine import Beam  # An extra.
 
   return Beam(beam_options, work)
-
-
-def _check_free(out: pathlib.Path, work: pathlib.Path) -> None:
-  """Raises: UserError: there is something that is not from here."""
-  if out.exists() and not out.is_dir():
-    raise errors.UserError(f'{out} is not a directory')
-  if not work.is_dir() and out.is_dir() and any(out.iterdir()):
-    raise errors.UserError(
-      f'{out} is not empty: name another directory, or one that is not there'
-    )
-
-
-@contextlib.contextmanager
-def _alone(work: pathlib.Path) -> Iterator[None]:
-  """Keeps a second process out of a directory; the kernel knows ends.
-
-  Raises:
-    UserError: another one is at work there.
-  """
-  path = work / _LOCK
-  with files.writing(work.parent):
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-  with os.fdopen(number, 'r+') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise errors.UserError(
-        f'{work.parent} is being prepared by {lock.who(file.read())}: wait for'
-        ' it to end, or name another directory'
-      ) from None
-    except OSError:  # A file system without locks.
-      _logger.debug('no locks in %s', work)
-    file.truncate(0)
-    file.write(json.dumps(lock.holder()))
-    file.flush()
-    yield
-
-
-def _discard(out: pathlib.Path) -> None:
-  """Removes what was begun and can come to nothing."""
-  shutil.rmtree(out / _WORK, ignore_errors=True)
-  with contextlib.suppress(OSError):
-    out.rmdir()
 
 
 def _too_small(

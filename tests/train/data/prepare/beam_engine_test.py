@@ -41,9 +41,7 @@ def test_says_which_extra_it_needs(tmp_path, monkeypatch):
     sys.modules, 'train.data.prepare.beam_engine', raising=False
   )
   with pytest.raises(errors.UserError, match=r'\.\[train,beam\]'):
-    prepare(
-      fakes.corpus(), fakes.bpe(), REQUEST, tmp_path / 'x', engine_name='beam'
-    )
+    prepare(fakes.corpus(), fakes.bpe(), REQUEST, tmp_path / 'x', engine='beam')
   assert not (tmp_path / 'x').exists()
 
 
@@ -55,7 +53,7 @@ def test_beam_gives_the_same_bytes(tmp_path, options, layout):
   arguments = (fakes.corpus(), fakes.bpe(), request)
   made = prepare(*arguments, tmp_path / 'local')
   assert made == prepare(
-    *arguments, tmp_path / 'beam', engine_name='beam', beam_options=options
+    *arguments, tmp_path / 'beam', engine='beam', beam_options=options
   )
   local = fakes.contents(tmp_path / 'local')
   assert fakes.contents(tmp_path / 'beam') == local
@@ -66,7 +64,7 @@ def test_goes_on_with_what_the_other_engine_began(tmp_path):
   arguments = (fakes.corpus(), fakes.bpe(), REQUEST)
   with pytest.raises(KeyboardInterrupt):
     prepare(*arguments, tmp_path / 'x', progress=fakes.Interrupting(4))
-  prepare(*arguments, tmp_path / 'x', engine_name='beam')
+  prepare(*arguments, tmp_path / 'x', engine='beam')
   prepare(*arguments, tmp_path / 'local')
   local = fakes.contents(tmp_path / 'local')
   assert fakes.contents(tmp_path / 'x') == local

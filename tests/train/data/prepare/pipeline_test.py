@@ -11,11 +11,11 @@ from tests.train.data.prepare import fakes
 from train import errors
 from train.data import layouts, source, split, stats, tokenizer
 from train.data.prepare import (
+  directory,
   files,
   find_duplicates,
   held_out,
   piece,
-  pipeline,
   plan,
   prepare,
   tokenize_part,
@@ -295,7 +295,7 @@ def test_refuses_a_directory_of_something_else(tmp_path):
 def test_refuses_a_second_process(tmp_path):
   (tmp_path / '.work').mkdir()
   with (
-    pipeline._alone(tmp_path / '.work'),
+    directory.alone(tmp_path / '.work'),
     pytest.raises(errors.UserError, match=f'prepared by process {os.getpid()}'),
   ):
     make(tmp_path)
