@@ -115,9 +115,7 @@ class Preparing:
               seconds[n].append(sum(stages[n][-1].values()))
             else:
               limits[n].append(bare[n]())
-    return [
-      self._entry(n, stages[n], seconds[n], limits[n]) for n in workers
-    ]
+    return [self._entry(n, stages[n], seconds[n], limits[n]) for n in workers]
 
   def _entry(
     self,

@@ -14,10 +14,11 @@ _READERS = {
   input_read.AHEAD: 'Grain ahead',
   input_read.GATHER: 'gather',
 }
-_VERSIONS = (
+VERSIONS = (
   'numpy', 'tensorflow-datasets', 'array_record', 'grain', 'tiktoken',
   'sentencepiece', 'tokenizers',
 )  # fmt: skip
+"""Distributions whose versions are recorded, beside jax."""
 
 
 def text(result: dict[str, Any]) -> str:
@@ -25,7 +26,7 @@ def text(result: dict[str, Any]) -> str:
   machine, settings = result['machine'], result['settings']
   return '\n'.join((
     timing.format_facts(machine),
-    ', '.join(f'{name} {machine[name]}' for name in _VERSIONS),
+    ', '.join(f'{name} {machine[name]}' for name in VERSIONS),
     '',
     f'Preparing {settings["bytes"] / 1e6:,.1f} MB in {settings["parts"]} parts '
     f'({settings["text"]}), medians of {settings["prepare_rounds"]} rounds;',

@@ -156,8 +156,6 @@ def _memory(
 
 def _resident() -> tuple[float, float]:
   """Returns megabytes of this process: all that is resident, anonymous."""
-  found = dict(
-    line.split(':', 1) for line in _STATUS.read_text().splitlines()
-  )
+  found = dict(line.split(':', 1) for line in _STATUS.read_text().splitlines())
   kilobytes = [int(found[name].split()[0]) for name in ('VmRSS', 'RssAnon')]
   return kilobytes[0] / 1024, kilobytes[1] / 1024

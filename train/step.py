@@ -73,7 +73,7 @@ class Programs(NamedTuple):
   state: TrainState
   """`jax.ShapeDtypeStruct`s with shardings."""
   batch: dict[str, jax.ShapeDtypeStruct]
-  """Likewise, as `train.data.layouts.to_batch` makes it: 'tokens', int32 (batch,
+  """Likewise, as of `train.data.layouts.to_batch`: 'tokens', int32 (batch,
   length + 1), and what else the layout of the data has."""
 
 

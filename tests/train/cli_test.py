@@ -114,7 +114,7 @@ def test_every_field_has_an_option():
   assert {**CHANGED, **ALONE}.keys() == flat(Config()).keys()
   argv = [f'--{path}={value}' for path, value in CHANGED.items()]
   config = flat(parse(*argv))
-  wanted = CHANGED | {path: '' for path in ALONE}
+  wanted = CHANGED | dict.fromkeys(ALONE, '')
   assert config == wanted
   assert {k: type(v) for k, v in config.items()} == {
     k: type(v) for k, v in wanted.items()

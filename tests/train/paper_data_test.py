@@ -115,7 +115,9 @@ def test_c4_by_the_papers_recipe(c4, tmp_path, capsys):
   assert losses['train'][0] == pytest.approx(math.log(32100), abs=0.2)
   assert losses['validation'][-1] < losses['train'][0] - 1
   capsys.readouterr()
-  assert main(['sample', str(tmp_path / 'run'), '--prompt=The', '--tokens=5']) == 0
+  assert (
+    main(['sample', str(tmp_path / 'run'), '--prompt=The', '--tokens=5']) == 0
+  )
   assert capsys.readouterr().out.startswith('The')
 
 
@@ -133,5 +135,7 @@ def test_openwebtext_by_the_papers_recipe(openwebtext, tmp_path, capsys):
   assert losses['train'][0] == pytest.approx(math.log(50304), abs=0.2)
   assert losses['validation'][-1] < losses['train'][0] - 1
   capsys.readouterr()
-  assert main(['sample', str(tmp_path / 'run'), '--prompt=The', '--tokens=5']) == 0
+  assert (
+    main(['sample', str(tmp_path / 'run'), '--prompt=The', '--tokens=5']) == 0
+  )
   assert capsys.readouterr().out.startswith('The')

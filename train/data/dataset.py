@@ -38,7 +38,7 @@ class Dataset:
   config: config_lib.DataConfig
   """Its layout is set."""
   sources: Sequence[prepared.Prepared]
-  """One, or those of a mixture; of one vocabulary, length and kind of layout."""
+  """One, or those of a mixture, of one vocabulary, length and layout."""
   stages: Sequence[mixture.Stage]
   """What share of the rows is whose, and from which step on."""
 
@@ -60,7 +60,7 @@ class Dataset:
   @property
   def source_hash(self) -> str:
     """Identifies text, vocabulary, split and mixture; a resume compares it."""
-    digests = [source.stats.digest() for source in self.sources]
+    digests = [place.stats.digest() for place in self.sources]
     if len(digests) == 1:
       return digests[0]
     stages = [dataclasses.astuple(stage) for stage in self.stages]
@@ -88,8 +88,8 @@ class Dataset:
     if self.config.repeat:
       return
     taken = self.train(seed=0).taken(steps)
-    for source, rows in zip(self.sources, taken, strict=True):
-      windows = source.stats.windows['train']
+    for place, rows in zip(self.sources, taken, strict=True):
+      windows = place.stats.windows['train']
       if rows > windows:
         raise errors.UserError(
           f'--steps ({steps:,}) x --data.batch_size'
@@ -111,14 +111,14 @@ class Dataset:
     )
 
   def _windows(self, split: str) -> list[prepared.Windows]:
-    windows = [source.windows(split) for source in self.sources]
+    windows = [place.windows(split) for place in self.sources]
     for each in windows:  # A stream's can be read in two ways.
       each.layout = self.config.layout
     return windows
 
   def _sums(self, name: str) -> dict[str, int]:
     return {
-      split: sum(getattr(source.stats, name)[split] for source in self.sources)
+      split: sum(getattr(place.stats, name)[split] for place in self.sources)
       for split in stats.SPLITS
     }
 

@@ -146,8 +146,8 @@ def test_more_steps_than_text_are_refused(load):
 def test_too_little_to_validate_on(load):
   with pytest.raises(
     errors.UserError,
-    match=r'validation split has \d tokens \(0 documents\), one window needs 17:'
-    r' .*hold more out',
+    match=r'validation split has \d tokens \(0 documents\), one window needs'
+    r' 17: .*hold more out',
   ):
     load(validation_fraction=1e-9)
 
@@ -200,7 +200,9 @@ def test_config_names_the_option(field, value):
   'others', [{'files': 'a.txt'}, {'tokenizer': 't.json'}]
 )
 def test_prepared_data_have_their_own(others):
-  with pytest.raises(errors.UserError, match='does not go with --data.prepared'):
+  with pytest.raises(
+    errors.UserError, match=r'does not go with --data\.prepared'
+  ):
     config_lib.DataConfig(prepared='somewhere', **others)
 
 
@@ -240,7 +242,10 @@ def test_a_stream_is_read_in_either_way(prepared):
 @pytest.mark.parametrize(
   ('asked', 'message'),
   [
-    ({'sequence_length': 17}, 'give --data.sequence_length 16, or prepare with'),
+    (
+      {'sequence_length': 17},
+      'give --data.sequence_length 16, or prepare with',
+    ),
     ({'layout': 'packed'}, 'in the layout stream, not packed: give --data.lay'),
     ({'layout': 'truncate'}, 'or prepare with --layout truncate'),
   ],
@@ -270,7 +275,7 @@ def test_a_mixture_is_of_its_sources(load, prepared, tmp_path):
   assert batches.taken(70)[1] - batches.taken(50)[1] == 80
   mixed.check_steps(10**6)
   once = data.load(of(f'{other},{two}=3', repeat=False))
-  with pytest.raises(errors.UserError, match='--data.repeat true'):
+  with pytest.raises(errors.UserError, match=r'--data\.repeat true'):
     once.check_steps(10**5)
 
 
