@@ -19,7 +19,6 @@ from unittest import mock
 
 from train import errors
 from train.data import (
-  layouts,
   near_duplicates,
   source,
   split,
@@ -45,7 +44,7 @@ HELD_OUT = 0.005
 LENGTH = 256
 """T, of what is timed; in layout 'stream'."""
 
-_BEFORE, _AFTER = 'before', 'metadata and the rest'
+_BEFORE = 'before'
 Encode = Callable[[Sequence[str]], Any]
 
 
@@ -95,8 +94,9 @@ class Preparing:
       One entry for each number: `tokenizer`, `workers`, `tokens`, those of the
       documents and their ends; `tokens_per_second` of the whole preparation;
       `limit`, the same of the library alone in as many processes; `ratio`, of
-      their speeds: at most 1; with quartiles; `stages`, seconds of the steps,
-      those to start processes included. Medians over rounds.
+      their speeds, at most 1 where the library has no threads of its own; with
+      quartiles; `stages`, seconds of the steps, with those to start processes.
+      Medians over rounds.
     """
     stages: dict[int, list[dict[str, float]]] = {n: [] for n in workers}
     seconds: dict[int, list[float]] = {n: [] for n in workers}
@@ -305,7 +305,8 @@ class _TimedPart:
 class _Bare:
   """Processes that hold a text, and encode it with the library when called.
 
-  Each has one thread, and its share of the batches that the preparation makes.
+  Each has one thread, and its share of the batches that the preparation makes;
+  all of the text has to fit into memory.
   """
 
   def __init__(
@@ -428,8 +429,6 @@ def prepared(
   Raises:
     UserError: as `prepare`.
   """
-  if layout not in layouts.LAYOUTS:
-    raise ValueError(layout)
   prepare_lib.prepare(
     text_files.TextFiles(pattern),
     tokenizer,

@@ -1,4 +1,4 @@
-"""Reading: prepared windows to batches, against TFDS, Grain and a gather."""
+"""Reading: prepared windows to batches, against TFDS, Grain and two limits."""
 
 import contextlib
 import pathlib
@@ -17,7 +17,8 @@ from train.data import prepared as prepared_lib
 from train.data import tokenizer as tokenizer_lib
 
 LAYOUTS = layouts.LAYOUTS
-ROWS, PREFETCH, GATHER = 'rows', 'prefetch', 'gather'
+ROWS, PREFETCH = 'rows', 'prefetch'
+RECORDS, GATHER = 'records', 'gather'
 SINGLE = 'TFDS, single reads'
 BY_INDEX = 'Grain, by index'
 ITERATOR = 'Grain, iterator'
@@ -28,11 +29,13 @@ AGAINST = {
   BY_INDEX: ROWS,
   ITERATOR: PREFETCH,
   AHEAD: PREFETCH,
+  RECORDS: ROWS,
   GATHER: ROWS,
 }
 
 _SAMPLE_SECONDS = 0.3
 _READ_AT_ONCE = 4096
+_CHOSEN = 256
 # As many as `Prefetch` has.
 _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -86,7 +89,8 @@ def measure(
   Returns:
     `layout`, `batch`, `length`, `windows`, and `tokens_per_second`, medians by
     reader: `ROWS`, the loader's in one thread, `PREFETCH`, through threads, and
-    the peers, which give the arrays as they are stored. A batch counts as B x T
+    the peers, which give the arrays as they are stored; `RECORDS`, ArrayRecord
+    alone, which gives bytes; `GATHER`, from an array. A batch counts as B x T
     tokens. `ratios`: by peer, the loader's speed to the peer's, with quartiles.
   """
   batch, length = shape
@@ -141,7 +145,7 @@ def programs(
 ) -> dict[str, Program]:
   """Returns the readers by name, the loader's first.
 
-  Layout 'random' has no peer but the gather: TFDS and Grain give records.
+  Layout 'random' has the gather alone beside it: the others give records.
   """
   batches = loader.Batches([windows], batch, seed=0)
   rows = range(batch)
@@ -187,24 +191,34 @@ def gather(
 
   @contextlib.contextmanager
   def program(number: int) -> Iterator[Take]:
-    rng = np.random.default_rng(number)
-    chosen = rng.integers(places, size=(64, batch))
+    chosen = _chosen(places, batch, number)
     yield lambda i: mapped[chosen[i % len(chosen)]].astype(np.int32)
 
   return program
+
+
+def _chosen(places: int, batch: int, number: int) -> np.ndarray:
+  """Returns places at random, those of some batches: (`_CHOSEN`, B)."""
+  rng = np.random.default_rng(number)
+  return rng.integers(places, size=(_CHOSEN, batch))
 
 
 def _peers(data_source: Any, batch: int) -> dict[str, Program]:
   """Those that read records."""
 
   def dataset(number: int) -> Any:
-    records = grain.MapDataset.source(data_source)
-    return records.shuffle(seed=number).repeat()
+    source = grain.MapDataset.source(data_source)
+    return source.shuffle(seed=number).repeat()
+
+  @contextlib.contextmanager
+  def records(number: int) -> Iterator[Take]:
+    chosen = _chosen(len(data_source), batch, number).tolist()
+    array_records = data_source.data_source
+    yield lambda i: array_records.__getitems__(chosen[i % len(chosen)])
 
   @contextlib.contextmanager
   def single(number: int) -> Iterator[Take]:
-    rng = np.random.default_rng(number)
-    chosen = rng.integers(len(data_source), size=(64, batch)).tolist()
+    chosen = _chosen(len(data_source), batch, number).tolist()
 
     def take(i: int) -> dict[str, np.ndarray]:
       rows = [data_source[place] for place in chosen[i % len(chosen)]]
@@ -230,6 +244,7 @@ def _peers(data_source: Any, batch: int) -> dict[str, Program]:
       yield lambda i: next(opened)
 
   return {
+    RECORDS: records,
     SINGLE: single,
     BY_INDEX: by_index,
     ITERATOR: iterator,

@@ -12,6 +12,7 @@ _READERS = {
   input_read.BY_INDEX: 'Grain [i]',
   input_read.ITERATOR: 'Grain iter',
   input_read.AHEAD: 'Grain ahead',
+  input_read.RECORDS: 'records',
   input_read.GATHER: 'gather',
 }
 VERSIONS = (
@@ -40,12 +41,13 @@ def text(result: dict[str, Any]) -> str:
     _profile(result['profile']),
     '',
     f'Reading, in M tokens a second, medians of {settings["read_rounds"]} '
-    'rounds; gather is the limit:',
+    'rounds;',
+    'limits are records, the bytes of ArrayRecord, and gather, of an array:',
     '',
     _read(result['read']),
     '',
-    'How many times as fast: rows as TFDS [i], Grain [i] and gather, prefetch',
-    'as Grain iter and Grain ahead:',
+    'How many times as fast: prefetch as Grain iter and Grain ahead, rows as',
+    'the others:',
     '',
     _ratios(result['read']),
     '',
@@ -110,7 +112,7 @@ def _ratios(entries: Sequence[dict[str, Any]]) -> str:
   rows = [
     _place(entry)
     + [
-      f'{entry["ratios"][name]["ratio"]:.2f}'
+      f'{entry["ratios"][name]["ratio"]:.3g}'
       if name in entry['ratios']
       else '-'
       for name in peers
@@ -127,7 +129,8 @@ def _place(entry: dict[str, Any]) -> list[str]:
 
 def _start(result: dict[str, Any]) -> list[str]:
   lines = [
-    f'From a directory to the batch of step {entry["step"]:,}: '
+    f'In a new process, from a directory to the batch of step '
+    f'{entry["step"]:,}: '
     f'{entry["open"] + entry["first_batch"]:.2f} s ({entry["open"]:.2f} s to '
     f'open it)'
     for entry in result['start']
@@ -144,5 +147,6 @@ def _memory(memory: dict[str, Any]) -> list[str]:
   return [
     f'Resident memory at the start and each minute of {memory["minutes"]:g} '
     f'({memory["batches"]:,} batches): {shown} MB;',
-    f'without pages of files it grows by {memory["slope"]:+.2f} MB a minute',
+    f'without pages of files it grows by {memory["slope"]:+.2f} MB a minute: '
+    + ('flat' if memory['flat'] else 'not flat'),
   ]

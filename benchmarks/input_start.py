@@ -18,6 +18,8 @@ from train.data import prepared as prepared_lib
 
 FAR = 10**9
 """Rows into a run; also windows of the simulated index."""
+FLAT = 1.0
+"""MB a minute: 1.4 GB a day."""
 
 _PROCESSES = 3
 _CALLS = 20
@@ -82,7 +84,8 @@ def memory(
     `minutes` and `batches` that were read; `megabytes`, resident at the start,
     after the first batch, and after each minute; `anonymous_megabytes`, the
     same without pages of files; `slope`, of those in MB a minute, fitted to a
-    sample a second after the first tenth of the time.
+    sample a second after the first tenth of the time; `flat`, whether it is
+    below `FLAT`.
   """
   batches, samples = _in_process(_memory, directory, batch, minutes)
   table = np.asarray(samples)
@@ -100,6 +103,7 @@ def memory(
     'megabytes': resident[shown].tolist(),
     'anonymous_megabytes': anonymous[shown].tolist(),
     'slope': float(slope),
+    'flat': bool(abs(slope) < FLAT),
   }
 
 

@@ -85,8 +85,8 @@ TABLE = [
   ('run demo --run-dir NEW TINY --data.files NEW/*.txt',
    "--data.files: no file matches 'NEW/*.txt'"),
   ('run demo --run-dir NEW TINY --data.files OTHER/stray',
-   '--data.files: OTHER/stray is none of .txt, .jsonl, .json; let the '
-   'glob name one'),
+   '--data.files: OTHER/stray is none of .txt, .jsonl, .json, .ndjson (also '
+   'with .gz, .zst, .xz after it) and .parquet; let the glob name one'),
   ('run demo --run-dir NEW --data.corpus novels',
    "--data.corpus: there is no 'novels', only wikipedia_leads"),
   # How a run is watched.

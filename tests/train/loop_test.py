@@ -8,11 +8,12 @@ import random
 import shutil
 import signal
 import time
+import types
 
 import pytest
 
 from train import loop
-from train.config import Config
+from train.config import Config, DataConfig
 from train.errors import UserError
 
 STEPS = 200
@@ -435,16 +436,18 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(
 
 def test_the_vocabulary_follows_the_tokenizer():
   class Dataset:
-    vocab_size = 300  # Of the 2048 asked for: the text had no more to merge.
+    config = DataConfig(layout='random')
+    tokenizer = types.SimpleNamespace(vocab_size=290, padded_vocab_size=300)
 
   open_config = Config()
   config = loop.resolve(open_config, Dataset())
   assert config.model.vocab_size == 300
+  assert config.data.layout == 'random'
   assert loop.resolve(config, Dataset()) == config
   model = dataclasses.replace(open_config.model, vocab_size=4096)
   larger = dataclasses.replace(open_config, model=model)
-  assert loop.resolve(larger, Dataset()) == larger
-  Dataset.vocab_size = 301
+  assert loop.resolve(larger, Dataset()).model.vocab_size == 4096
+  Dataset.tokenizer.vocab_size = 301
   with pytest.raises(UserError, match=r'--model.vocab_size \(300\).*301'):
     loop.resolve(config, Dataset())
 

@@ -40,10 +40,10 @@ def write(directory, **files):
     ({'a__txt': b'\x89PNG\r\n\x1a\n\0\0'}, '*.txt', 'is not UTF-8 text'),
     ({'a__txt': b'one\0two'}, '*.txt', 'is not text: it has NUL bytes'),
     ({'a__pdf': b'%PDF'}, '*', 'is none of .txt, .jsonl, .json'),
-    ({'a__txt': b'', 'b__txt': b' \n\n'}, '*.txt', 'no text in 2 file(s)'),
+    ({'a__txt': b'', 'b__txt': b' \n\n'}, '*.txt', 'a.txt: the text is blank'),
     ({'a__jsonl': b'{"body": "x"}\n'}, '*.jsonl', "no field 'text'"),
     ({'a__jsonl': b'{"text": "x"}\n{"te'}, '*.jsonl', 'line 2 is not JSON'),
-    ({'a__txt': b'A few words are too few.'}, '*.txt', 'one batch needs'),
+    ({'a__txt': b'A few words are too few.'}, '*.txt', 'one window needs'),
   ],
 )
 def test_text_that_cannot_be_used(
@@ -88,7 +88,7 @@ def test_text_that_cannot_be_used(
     (['run', 'demo', '--run-dir', 'RUN', '--data.corpus', 'novels'],
      "no 'novels', only wikipedia_leads"),
     (['run', 'llama_66m', '--run-dir', 'RUN'],
-     '--data.corpus c4 cannot be fetched yet: name your own copy'),
+     '--data.corpus c4 is not fetched: prepare your own copy once'),
     (['recipes', '--mfu', '40'], '--mfu: 40 is not above 0 and at most 1'),
     (['recipes', '--device', 'abacus'], "invalid choice: 'abacus'"),
     (['recipes', '--data.corpus', 'novels'], "invalid choice: 'novels'"),
@@ -212,7 +212,14 @@ def test_what_needs_no_data_runs_without_its_packages(
 
 
 # Of 'gcs' and 'tensorboard'; imported where they are asked for.
-OF_EXTRAS = {'aiohttp', 'fsspec', 'gcsfs', 'tensorboardX', 'wandb'}
+OF_EXTRAS = {
+  'aiohttp',
+  'apache_beam',
+  'fsspec',
+  'gcsfs',
+  'tensorboardX',
+  'wandb',
+}
 
 
 def test_every_package_that_is_imported_is_looked_for():
@@ -227,12 +234,9 @@ def test_every_package_that_is_imported_is_looked_for():
   own = {'models', 'train', 'gradpower_optax'}
   names = {*entry._NEEDED, *sum(entry._NEEDED_BY.values(), ())}
   needed = {name.split('.')[0] for name in names}
-  # They come with jax and flax; of extras; TFDS needs array_record without
-  # declaring it.
-  others = {'numpy', 'rich', *OF_EXTRAS}
-  assert imported - own - sys.stdlib_module_names - others == (
-    needed - {'array_record'}
-  )
+  # They come with jax, flax and tokenizers; of extras.
+  others = {'huggingface_hub', 'numpy', 'rich', *OF_EXTRAS}
+  assert imported - own - sys.stdlib_module_names - others == needed
   assert not OF_EXTRAS & needed
 
 
@@ -242,7 +246,7 @@ def test_an_interruption_before_the_run_is_one_line(
   def interrupt(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr('train.data.load', interrupt)
+  monkeypatch.setattr('train.data.dataset.load', interrupt)
   assert main('run', 'demo', '--run-dir', tmp_path / 'run') == 130
   assert capsys.readouterr().err == '\npython -m train: interrupted\n'
   assert not (tmp_path / 'run').exists()

@@ -13,7 +13,10 @@ from train import errors
 LARGEST = 2**24
 """Characters of a document; a longer one is hardly a document."""
 
-HINT = '--skip-bad leaves such documents out, and counts them'
+HINT = (
+  '--skip-bad (of a run, --data.skip_bad) leaves such documents out, and'
+  ' counts them'
+)
 
 
 class Problems:

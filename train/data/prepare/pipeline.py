@@ -72,7 +72,7 @@ def prepare(
   _check(request, tokenizer)
   out = out.absolute()
   wanted = plan.plan(source, tokenizer, request)
-  if found := _found(out, wanted, request):
+  if found := _found(out, wanted, source, request):
     return found
   work = out / directory.WORK
   runner = _engine(engine, workers, beam_options, work)
@@ -80,7 +80,7 @@ def prepare(
     directory.check_free(out)
     storage.make_directory(work)
   with directory.alone(work):
-    if found := _found(out, wanted, request):
+    if found := _found(out, wanted, source, request):
       return found  # Another process has just made it.
     with files.writing(out):
       if not plan.begun(work, wanted):
@@ -258,11 +258,21 @@ def _check(
 
 
 def _found(
-  out: pathlib.Path, wanted: plan.Plan, request: source_lib.Request
+  out: pathlib.Path,
+  wanted: plan.Plan,
+  source: source_lib.Source,
+  request: source_lib.Request,
 ) -> stats_lib.Stats | None:
   """Returns what there is already, if that is what is wanted."""
   found = plan.completed(out, wanted, request.skip_bad)
   if found:
+    # Names and sizes are the same; the text is read to be sure.
+    digests = [part.digest() for part in source.parts()]
+    if plan.source_hash(digests) != found.source_hash:
+      raise errors.UserError(
+        f'{out} was prepared from other text of the same size: name another'
+        ' directory, or remove this one'
+      )
     # Of a process that was killed in the last moment.
     shutil.rmtree(out / directory.WORK, ignore_errors=True)
     _logger.info('%s is complete already', out)

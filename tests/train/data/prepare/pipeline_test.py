@@ -242,7 +242,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     make(tmp_path / 'file' / 'out')
 
 
-def test_again_says_so_and_reads_nothing(tmp_path, caplog, monkeypatch):
+def test_again_says_so_and_tokenizes_nothing(tmp_path, caplog, monkeypatch):
   made = make(tmp_path)
   caplog.set_level(logging.INFO, 'train.data')
   monkeypatch.setattr(fakes.Part, 'read', None)
@@ -283,6 +283,15 @@ def test_refuses_to_mix(tmp_path, complete, change, words):
       tmp_path,
     )
   assert fakes.contents(tmp_path) == before
+
+
+def test_an_edit_that_keeps_the_size_is_seen(tmp_path):
+  make(tmp_path)
+  first, *others = fakes.corpus().texts
+  edited = fakes.Source((tuple(text[::-1] for text in first), *others))
+  assert edited.listing() == fakes.corpus().listing()
+  with pytest.raises(errors.UserError, match='other text of the same size'):
+    prepare(edited, fakes.bpe(), request_for(), tmp_path)
 
 
 def test_refuses_a_directory_of_something_else(tmp_path):
