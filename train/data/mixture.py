@@ -88,6 +88,11 @@ def _weights(text: str, option: str) -> dict[str, float]:
       raise errors.UserError(
         f'{option}: {text!r} lacks the name of a directory'
       )
+    if '://' in name:
+      raise errors.UserError(
+        f'{option}: {name} is not on a disk: copy it to one, records are read'
+        ' at random'
+      )
     name = os.path.normpath(os.path.expanduser(name))
     if name in weights:
       raise errors.UserError(f'{option}: {text!r} names {name} twice')

@@ -73,6 +73,7 @@ def test_what_is_typed_is_what_is_read(stages):
   [
     ('', 'lacks the name'),
     ('a,', 'lacks the name'),
+    ('a=1,gs://bucket/b=2', 'gs://bucket/b is not on a disk'),
     ('=3', 'lacks the name'),
     ('a=1;10:', 'lacks the name'),
     ('a=1,a=2', 'names a twice'),
