@@ -52,7 +52,8 @@ def test_interface(load, caplog):
   weights = sum(b['weights'].sum() for b in dataset.validation())
   # Whole windows; of an end-of-text before the first document none is counted.
   assert weights == dataset.tokens['validation'] // 16 * 16
-  assert {record.name for record in caplog.records} == {'train.data'}
+  # TFDS has a logger of its own.
+  assert {record.name for record in caplog.records} - {'absl'} == {'train.data'}
   assert 'validation: ' in caplog.text
 
 

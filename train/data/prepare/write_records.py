@@ -7,8 +7,10 @@ from array_record.python import array_record_module
 
 from train.data.prepare import files, piece, plan, records, tokenize_part
 
-# One record a group: any is read on its own.
-_OPTIONS = 'group_size:1,uncompressed'
+# Records lie in groups of about so many bytes. A reader keeps 32 bytes a group
+# in memory, looks at all of them in every read, and reads a group as a whole:
+# of one record each, a large corpus takes gigabytes and milliseconds.
+_GROUP_BYTES = 2**13
 _READ_BYTES = 2**23
 
 
@@ -31,7 +33,10 @@ class WriteRecords:
   def _write(self, shard: plan.Shard, count: tokenize_part.Count) -> None:
     temporary = self.work / shard.name
     step = max(1, _READ_BYTES // self.serializer.size)
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+    group = max(1, _GROUP_BYTES // self.serializer.size)
+    writer = array_record_module.ArrayRecordWriter(
+      str(temporary), f'group_size:{group},uncompressed'
+    )
     try:
       for start in range(shard.start, shard.stop, step):
         stop = min(start + step, shard.stop)
