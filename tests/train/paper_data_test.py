@@ -24,8 +24,8 @@ pytestmark = [
 TINY = [
   '--model.d_model=64', '--model.n_heads=1', '--model.n_layers=1',
   '--model.d_ff=64', '--model.dtype=float32', '--data.batch_size=8',
-  '--optimizer.warmup_steps=2', '--optimizer.learning_rate=0.01', '--steps=12',
-  '--eval_every=6', '--save_every=6', '--data.validation_tokens=8192',
+  '--optimizer.warmup_steps=2', '--optimizer.learning_rate=0.01', '--steps=8',
+  '--eval_every=4', '--save_every=4', '--data.validation_tokens=4096',
 ]  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def trained(out, run_dir, *options):
     *TINY, *options,
   ]  # fmt: skip
   # Stopped and gone on with, as long runs are.
-  assert main([*command, '--stop-at=7']) == 0
+  assert main([*command, '--stop-at=5']) == 0
   assert main(command) == 0
   lines = [
     json.loads(line)
@@ -111,7 +111,7 @@ def test_c4_by_the_papers_recipe(c4, tmp_path, capsys):
   assert config['model']['vocab_size'] == 32100
   assert config['data']['layout'] == 'truncate'
   assert config['data']['sequence_length'] == 256
-  assert len(losses['train']) == 12
+  assert len(losses['train']) == 8
   assert losses['train'][0] == pytest.approx(math.log(32100), abs=0.2)
   assert losses['validation'][-1] < losses['train'][0] - 1
   capsys.readouterr()
