@@ -6,11 +6,12 @@ contract that commands keep.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from etils import epath
@@ -19,6 +20,9 @@ from models import families
 from train import recipes, storage
 from train.config import Config
 from train.errors import UserError
+
+_GLOB_OPTIONS = ('--files', '--data.files')
+_NAMED = 3  # Arguments that make no sense.
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +35,19 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     """Raises instead of printing the whole usage."""
     raise UserError(f'{message} (see {self.prog} --help)')
+
+  def parse_args(self, args=None, namespace=None):
+    """Refuses what is left over, of which a shell can make very much."""
+    args = sys.argv[1:] if args is None else list(args)
+    namespace, rest = self.parse_known_args(args, namespace)
+    if rest:
+      _check_globs(args, rest)
+      more = len(rest) - _NAMED
+      self.error(
+        f'unrecognized arguments: {" ".join(rest[:_NAMED])}'
+        + (f' and {more:,} more' if more > 0 else '')
+      )
+    return namespace
 
   def parse_known_args(self, args=None, namespace=None):
     """Refuses '--option=--', which Python before 3.13 reads as no value."""
@@ -122,6 +139,14 @@ def _least(least: int, text: str) -> int:
   return value
 
 
+def part(text: str) -> float:
+  """A number between 0 and 1, neither of them, for options of commands."""
+  value = _converter(float)(text)
+  if not 0 < value < 1:
+    raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+  return value
+
+
 def share(text: str) -> float:
   """A number above 0 and at most 1, for options that are not fields."""
   value = _converter(float)(text)
@@ -156,6 +181,31 @@ def place(text: str) -> epath.Path:
     return storage.directory(text)
   except UserError as error:
     raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _check_globs(args: Sequence[str], rest: Sequence[str]) -> None:
+  """Raises: UserError: what is left over are files that a shell found."""
+  for option in _GLOB_OPTIONS:
+    if option not in args:
+      continue
+    values = itertools.takewhile(
+      lambda arg: not arg.startswith('-'), args[args.index(option) + 1 :]
+    )
+    found = [arg for arg in values if os.path.exists(arg)]
+    if len(found) > 1 and not set(rest).isdisjoint(found):
+      raise UserError(
+        f'{option} takes one pattern: put it in quotes, as in {option}'
+        f" '{_glob(found)}' (the shell has made {len(found):,} files of it)"
+      )
+
+
+def _glob(paths: Sequence[str]) -> str:
+  """A pattern such as one that a shell made these paths of."""
+  folder = os.path.dirname(paths[0])
+  backwards = [name[::-1] for name in paths]
+  common = os.path.commonprefix(backwards)[::-1]  # noqa: RUF071
+  _, dot, suffix = os.path.basename(common).partition('.')
+  return os.path.join(folder, f'*{dot}{suffix}')
 
 
 def _options() -> dict[str, Any]:

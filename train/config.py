@@ -11,7 +11,7 @@ from typing import Any
 from models import families
 from models.config import DecoderConfig, LlamaConfig
 from train import errors
-from train.data import layouts
+from train.data import corpora, layouts
 
 # 256 bytes and the end-of-text token.
 _MIN_VOCAB_SIZE = 257
@@ -78,6 +78,11 @@ class DataConfig:
       )
     if not self.text_field:
       raise errors.UserError('--data.text_field must not be empty')
+    if self.corpus not in corpora.NAMES:
+      raise errors.UserError(
+        f'--data.corpus: there is no {self.corpus!r}, only'
+        f' {", ".join(corpora.NAMES)}'
+      )
     if self.layout not in ('', *layouts.LAYOUTS):
       raise errors.UserError(
         f'--data.layout must be one of {", ".join(layouts.LAYOUTS)}, not'
@@ -307,6 +312,9 @@ def from_dict(values: dict[str, Any]) -> Config:
   """
   try:
     model = dict(values['model'])
+    # Older versions had fewer, and did what their defaults say.
+    data = dataclasses.asdict(DataConfig()) | values['data']
+    values = values | {'data': data}
     kind = families.CONFIGS[model.pop('family')]
     return _build(Config, values | {'model': _build(kind, model)})
   except (KeyError, TypeError, AttributeError, errors.UserError) as error:

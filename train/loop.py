@@ -69,7 +69,8 @@ def resolve(config: Config, dataset: data.Dataset) -> Config:
   if config.model.vocab_size < dataset.tokenizer.vocab_size:
     raise UserError(
       f'--model.vocab_size ({config.model.vocab_size}) must be at least the '
-      f"tokenizer's ({dataset.tokenizer.vocab_size})"
+      f"tokenizer's ({dataset.tokenizer.vocab_size}): give --model.vocab_size 0"
+      ' for just as many'
     )
   return config
 
@@ -195,6 +196,7 @@ class _Run:
       self.tell('fell_back', self.step, refused=step, reason=reason)
     self.behind = False  # Whether lines wait to be written.
     self.clock: float | None = None  # When the last logged step was done.
+    self.waited = 0.0  # Seconds since then, at most, without a batch.
 
   def __call__(self) -> Result:
     wait = True
@@ -284,14 +286,14 @@ class _Run:
     self.monitor.status('compiling')
     while self.step < self.last and not self.signals.stop():
       self.profiler.step(self.step + 1)
-      batch, seconds = self._next_batch(batches, pending)
+      batch = self._next_batch(batches, pending)
       norms = self._measure(batch)
       self.state, metrics = self.programs.train_step(self.state, batch)
       self.step += 1
       distributed.progress(self.step)
       # The device is busy with this step while the one before is logged.
       self._log(pending)
-      pending = _Pending(self.step, metrics, seconds, norms)
+      pending = _Pending(self.step, metrics, norms)
       evaluate = self.step % every_eval == 0 and self.step < self.config.steps
       save = self.saver.due(self.step)
       if evaluate or save:
@@ -303,7 +305,7 @@ class _Run:
         if save and self.step < self.last:
           self.saver.save(self.step, self.state, loss)
         gc.collect()
-        self.clock = time.monotonic()
+        self.clock, self.waited = time.monotonic(), 0.0
     self._log(pending)
     if self.step == self.config.steps:
       return 'done'
@@ -317,12 +319,13 @@ class _Run:
 
   def _next_batch(
     self, batches: Prefetch, pending: '_Pending | None'
-  ) -> tuple[dict[str, jax.Array], float]:
-    """The batch, and seconds that the devices waited for it, at most."""
+  ) -> dict[str, jax.Array]:
+    """The batch; counts how long the devices waited for it, at most."""
     start = time.monotonic()
     batch = self.feed(batches.next(self.step))
-    idle = pending is None or pending.metrics['loss'].is_ready()
-    return batch, time.monotonic() - start if idle else 0.0
+    if pending is None or pending.metrics['loss'].is_ready():
+      self.waited += time.monotonic() - start
+    return batch
 
   def _measure(self, batch: dict[str, jax.Array]) -> Any:
     """Norms by layer of the step about to be taken, where they are due."""
@@ -348,7 +351,7 @@ class _Run:
       # A step that changed nothing has not moved the schedule.
       'learning_rate': float(self.learning_rates[step - 1 - self.skipped]),
       'tokens': step * self.config.tokens_per_step,
-      'data_seconds': round(pending.data_seconds, 6),
+      'data_seconds': round(self.waited, 6),
       'memory': hardware.memory(),
     }
     if self.clock is None:
@@ -358,7 +361,7 @@ class _Run:
       line['tokens_per_second'] = rate
       if (mfu := hardware.mfu(self.config, rate)) is not None:
         line['mfu'] = mfu
-    self.clock = now
+    self.clock, self.waited = now, 0.0
     self.directory.log(line)
     self.monitor.train(line)
     self._say_behind()
@@ -454,6 +457,5 @@ class _Pending:
   step: int
   metrics: dict[str, Any]
   """Of it, as arrays."""
-  data_seconds: float
   norms: Any
   """Of `train/statistics.py`; or None."""

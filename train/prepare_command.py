@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 import shlex
 import sys
 import time
@@ -73,7 +74,7 @@ def add(commands) -> None:
   )
   parser.add_argument(
     '--validation-fraction',
-    type=cli.share,
+    type=cli.part,
     default=0.005,
     metavar='F',
     help='of the documents, held out; default: 0.005',
@@ -152,10 +153,7 @@ def run(options: argparse.Namespace) -> int:
   if shown.tokens:
     speed = shown.tokens / (time.monotonic() - begun)
     cli.say(f'{speed / 1e6:.2f}M tokens a second')
-  cli.say(
-    'train on it: python -m train run RECIPE --run-dir runs/NAME'
-    f' --data.prepared {shlex.quote(str(options.out))}'
-  )
+  cli.say(_next_command(stats, options.out))
   return _DONE
 
 
@@ -175,23 +173,58 @@ def _source(options: argparse.Namespace):
   return corpora.open_corpus(options.corpus, cache.default_directory())
 
 
+def _next_command(stats, out: pathlib.Path) -> str:
+  """What trains any recipe's model on a prepared directory."""
+  return (
+    'train on it: python -m train run RECIPE --run-dir runs/NAME'
+    f' --data.prepared {shlex.quote(str(out))} \\\n'
+    f'  --data.layout {stats.layout}'
+    f' --data.sequence_length {stats.sequence_length} --model.vocab_size 0'
+  )
+
+
 def _summary(stats) -> str:
   """What a prepared directory holds, in lines."""
-  lines = [
-    f'{split}: {stats.documents[split]:,} documents,'
-    f' {stats.tokens[split]:,} tokens, {stats.windows[split]:,} windows of'
-    f' {stats.sequence_length:,}'
-    for split in stats.documents
-  ]
+  from train.data.prepare import wording
+
+  lines = [_split(stats, split) for split in stats.documents]
   if stats.skipped:
-    kinds = ', '.join(
-      f'{count:,} {kind}' for kind, count in sorted(stats.skipped.items())
-    )
-    lines.append(f'left out: {kinds}')
-  found = stats.near_duplicates
-  lines.append(
-    f'near-duplicates: {found["validation_documents"]:,} held-out documents'
-    f' have one in training, {found["train_documents"]:,} training documents'
-    ' are such'
+    lines.append(f'left out: {wording.left_out(stats.skipped)}')
+  return '\n'.join([*lines, *_near_duplicates(stats.near_duplicates)])
+
+
+def _split(stats, split: str) -> str:
+  from train.data.prepare import wording
+
+  documents, tokens = stats.documents[split], stats.tokens[split]
+  line = (
+    f'{split}: {wording.counted(documents, "document")}, {tokens:,} tokens,'
+    f' {wording.counted(stats.windows[split], "window")} of'
+    f' {stats.sequence_length:,}'
   )
-  return '\n'.join(lines)
+  if stats.layout != 'truncate':  # Every token is a target, but for the rest.
+    return line
+  targets = stats.targets[split]
+  line += f' ({targets:,} targets'
+  # A document's first token is none.
+  if cut := tokens - targets - documents:
+    percent = min(99, round(100 * cut / tokens))
+    line += f': {percent or "under 1"} % of the tokens are cut off'
+  return line + ')'
+
+
+def _near_duplicates(found) -> list[str]:
+  """What `train.data.prepare.find_duplicates` found, in lines."""
+  from train.data.prepare import wording
+
+  held_out, train = found['validation_documents'], found['train_documents']
+  if not train:
+    return ['near-duplicates: no held-out document has one in training']
+  lines = [
+    f'near-duplicates: {held_out:,} of {found["looked_at"]:,} held-out'
+    ' documents have one in training,',
+    f'  and {wording.counted(train, "training document")} one held out',
+  ]
+  if found['examples']:
+    lines[-1] += ' (examples: see stats.json)'
+  return lines

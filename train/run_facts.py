@@ -64,24 +64,36 @@ def check_same(
     ) from error
   layout = {key: found.get(key, wanted[key]) for key in _LAYOUT}
   same = layout | {key: wanted[key] for key in _FREE}
+  before = found
   if isinstance(data := found.get('data'), dict):
     places = {key: wanted['data'][key] for key in _PLACES}
     found = found | {'data': data | places}
   differences = _differences(found | same, wanted | same)
   if facts.get('source_hash') != source_hash and not differences:
-    differences = ['the text or vocabulary has changed']
+    differences = [_other_data(before, wanted)]
   if differences:
     raise UserError(
       f'{path} holds a run of another configuration '
       f'({"; ".join(differences)}): name another --run-dir, or give the '
       'options of that run to continue it'
     )
-  before = {'devices': facts.get('devices'), **layout}
+  began = {'devices': facts.get('devices'), **layout}
   now = {'devices': devices, **{key: wanted[key] for key in _LAYOUT}}
-  moved = {key: now[key] for key in now if now[key] != before[key]}
+  moved = {key: now[key] for key in now if now[key] != began[key]}
   if updated := _updated(facts.get('versions')):
     moved['versions'] = updated
   return moved
+
+
+def _other_data(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+  """What to say where only the hash of the data differs."""
+  there, here = found['data']['prepared'], wanted['data']['prepared']
+  if there == here:
+    return 'the text or vocabulary has changed'
+  return (
+    f'--data.prepared is {there!r} there, {here!r} here: of other text, '
+    'vocabulary or weights'
+  )
 
 
 def _updated(before: Any) -> dict[str, str]:

@@ -88,7 +88,8 @@ TABLE = [
    '--data.files: OTHER/stray is none of .txt, .jsonl, .json, .ndjson (also '
    'with .gz, .zst, .xz after it) and .parquet; let the glob name one'),
   ('run demo --run-dir NEW --data.corpus novels',
-   "--data.corpus: there is no 'novels', only wikipedia_leads"),
+   "--data.corpus: there is no 'novels', only c4, openwebtext, "
+   'wikipedia_leads'),
   # How a run is watched.
   ('run demo --run-dir NEW --stop-at 0', 'argument --stop-at: 0 is not at '
    'least 1 (see python -m train run --help)'),

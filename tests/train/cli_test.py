@@ -35,7 +35,7 @@ CHANGED = {
   'model.z_loss': 1e-4,
   'model.dtype': 'bfloat16',
   'data.files': 'a b/**/*.txt',
-  'data.corpus': 'other',
+  'data.corpus': 'c4',
   'data.text_field': 'body',
   'data.skip_bad': True,
   'data.tokenizer': 'org/name',
@@ -335,3 +335,48 @@ def test_directories(monkeypatch, tmp_path):
   for text in ('', '~nobody-of-this-name/run'):
     with pytest.raises(argparse.ArgumentTypeError):
       cli.path(text)
+
+
+@pytest.fixture
+def texts(monkeypatch, tmp_path):
+  """Files of the current directory, as a shell names them."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'c4').mkdir()
+  names = [f'c4/train.{i:05}-of-1024.json.gz' for i in range(300)]
+  for name in names:
+    (tmp_path / name).touch()
+  return names
+
+
+@pytest.mark.parametrize('before', [['demo'], []])
+def test_a_glob_without_quotes(texts, before):
+  after = [] if before else ['demo']
+  with pytest.raises(UserError) as error:
+    command_line(*before, '--steps', '3', '--data.files', *texts, *after)
+  assert str(error.value) == (
+    '--data.files takes one pattern: put it in quotes, as in --data.files'
+    " 'c4/*.json.gz' (the shell has made 300 files of it)"
+  )
+
+
+def test_what_is_no_file_is_not_taken_for_a_glob(texts):
+  with pytest.raises(UserError, match='unrecognized arguments: too many'):
+    command_line('demo', '--data.files', texts[0], 'too', 'many')
+  with pytest.raises(UserError, match='unrecognized arguments: --step 3'):
+    command_line('demo', '--data.files', texts[0], '--step', '3')
+
+
+def test_of_many_arguments_some_are_named():
+  with pytest.raises(UserError) as error:
+    command_line('demo', *map(str, range(2000)))
+  assert 'unrecognized arguments: 0 1 2 and 1,997 more (see' in str(error.value)
+
+
+def command_line(*argv):
+  """As of a command of `python -m train`."""
+  parser = cli.Parser(prog='train')
+  commands = parser.add_subparsers(parser_class=cli.Parser)
+  command = commands.add_parser('run')
+  command.add_argument('recipe')
+  cli.add_config_options(command)
+  return parser.parse_args(['run', *argv])

@@ -86,7 +86,7 @@ def test_text_that_cannot_be_used(
     (['run', 'demo', '--run-dir', 'RUN', '--data.batch_size', '12'],
      'must be a multiple of the 8 devices'),
     (['run', 'demo', '--run-dir', 'RUN', '--data.corpus', 'novels'],
-     "no 'novels', only wikipedia_leads"),
+     "no 'novels', only c4, openwebtext, wikipedia_leads"),
     (['run', 'llama_66m', '--run-dir', 'RUN'],
      '--data.corpus c4 is not fetched: prepare your own copy once'),
     (['recipes', '--mfu', '40'], '--mfu: 40 is not above 0 and at most 1'),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -58,10 +59,11 @@ def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
   assert said[1].startswith(f'validation: {made.documents["validation"]} doc')
   assert said[2] == 'left out: 1 field, 1 json'
   assert said[3].startswith('near-duplicates: ')
-  assert said[4].endswith('M tokens a second')
-  assert said[5] == (
+  assert said[-3].endswith('M tokens a second')
+  assert '\n'.join(said[-2:]) == (
     'train on it: python -m train run RECIPE --run-dir runs/NAME'
-    f" --data.prepared '{tmp_path}/ada'\"'\"'s'"
+    f" --data.prepared '{tmp_path}/ada'\"'\"'s' \\\n"
+    '  --data.layout stream --data.sequence_length 16 --model.vocab_size 0'
   )
   assert [m for m in caplog.messages if '3.jsonl, line 2' in m]
   # The tokenizer that came of it serves again.
@@ -77,6 +79,62 @@ def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
   capsys.readouterr()
   assert run(*command(corpus, out, '--skip-bad', '--workers', 1)) == 0
   assert 'a second' not in capsys.readouterr().out
+
+
+def summary_of(**values):
+  made = {
+    'layout': 'stream',
+    'sequence_length': 256,
+    'documents': {'train': 5082},
+    'tokens': {'train': 9_015_580},
+    'windows': {'train': 5082},
+    'targets': {'train': 1_290_098},
+    'skipped': {},
+    'near_duplicates': {
+      'looked_at': 1034,
+      'validation_documents': 0,
+      'train_documents': 0,
+      'examples': [],
+    },
+  } | values
+  said = prepare_command._summary(types.SimpleNamespace(**made))
+  return said.splitlines()
+
+
+def test_what_truncate_drops_is_said():
+  assert summary_of(layout='truncate')[0] == (
+    'train: 5,082 documents, 9,015,580 tokens, 5,082 windows of 256'
+    ' (1,290,098 targets: 86 % of the tokens are cut off)'
+  )
+  few = {'layout': 'truncate', 'documents': {'train': 1},
+         'windows': {'train': 1}, 'tokens': {'train': 1000}}  # fmt: skip
+  # A document of 999 tokens and its end: the first of them is no target.
+  assert summary_of(**few, targets={'train': 999})[0] == (
+    'train: 1 document, 1,000 tokens, 1 window of 256 (999 targets)'
+  )
+  assert '(998 targets: under 1 %' in summary_of(
+    **few, targets={'train': 998}
+  )[0]  # fmt: skip
+  assert 'targets' not in summary_of()[0]
+
+
+def test_a_file_cut_short_is_no_document():
+  said = summary_of(skipped={'truncated': 1, 'json': 2})
+  assert said[1] == 'left out: 2 json, 1 file cut short (truncated)'
+
+
+def test_near_duplicates_are_said_in_short_lines():
+  assert summary_of()[1:] == [
+    'near-duplicates: no held-out document has one in training'
+  ]
+  found = {'looked_at': 12_345, 'validation_documents': 1234,
+           'train_documents': 5678, 'examples': [{}]}  # fmt: skip
+  said = summary_of(near_duplicates=found)[1:]
+  assert said == [
+    'near-duplicates: 1,234 of 12,345 held-out documents have one in training,',
+    '  and 5,678 training documents one held out (examples: see stats.json)',
+  ]
+  assert max(map(len, said)) < 80
 
 
 def test_bad_input_is_one_line(corpus, tmp_path):
@@ -106,6 +164,9 @@ REST = '--layout stream --seq 8 --out x'
     ('--files x --vocab-size 300', 'required: --layout, --seq, --out'),
     (f'--files x --vocab-size 300 {REST} --out gs://x', 'not on a disk'),
     (f'--files x --vocab-size 300 {REST} --engine spark', 'invalid choice'),
+    (f'{REST} --validation-fraction 1', '1 is not between 0 and 1'),
+    (f'{REST} --validation-fraction 1.5', '1.5 is not between 0 and 1'),
+    (f'{REST} --validation-fraction 0', '0 is not between 0 and 1'),
   ],
 )
 def test_mistakes_in_the_options(line, words):
@@ -119,7 +180,6 @@ def test_mistakes_in_the_options(line, words):
     (('--beam-option=--runner=X',), 'needs --engine beam'),
     (('--files', '/no/such.txt'), 'no file matches'),
     (('--layout', 'heap'), "no layout 'heap'"),
-    (('--validation-fraction', 1), 'not between 0 and 1'),
     (('--vocab-size', 200), 'at least 257'),
   ],
 )

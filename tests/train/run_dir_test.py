@@ -250,8 +250,10 @@ def test_it_is_the_same_run_wherever_its_data_lie(run):
 
   again(run, moved(prepared='elsewhere'))
   again(run, moved(tokenizer='elsewhere.json'))
-  with pytest.raises(UserError, match='the text or vocabulary has changed'):
+  with pytest.raises(UserError, match=r"--data\.prepared is '' there, 'else"):
     again(run, moved(prepared='elsewhere'), source_hash='another')
+  with pytest.raises(UserError, match='the text or vocabulary has changed'):
+    again(run, source_hash='another')
   with pytest.raises(UserError, match=r"--data\.layout is '' there, 'packed'"):
     again(run, moved(layout='packed'))
 

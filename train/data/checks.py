@@ -1,5 +1,6 @@
 """What a document must be, wherever it comes from."""
 
+import codecs
 from collections.abc import Callable
 
 from train.data import source
@@ -8,8 +9,19 @@ Place = Callable[[], str]
 """Says where a document is; asked only when something is wrong with it."""
 
 
-def decoded(raw: bytes, place: Place, problems: source.Problems) -> str | None:
+def decoded(
+  raw: bytes,
+  place: Place,
+  problems: source.Problems,
+  of_text_file: bool = False,
+) -> str | None:
   """Returns UTF-8 bytes as text, without a byte order mark; None if bad.
+
+  Args:
+    raw: The bytes.
+    place: Where they are.
+    problems: What is told where they are bad.
+    of_text_file: Whether they are of a file of text, which iconv can convert.
 
   Raises:
     UserError: as `problems.found`.
@@ -17,11 +29,29 @@ def decoded(raw: bytes, place: Place, problems: source.Problems) -> str | None:
   try:
     return raw.decode('utf-8-sig')
   except UnicodeDecodeError as error:
+    hint = encoding_hint(raw) if of_text_file else ''
     problems.found(
       'encoding',
-      f'{place()} is not UTF-8 text (byte {error.start}: {error.reason})',
+      f'{place()} is not UTF-8 text (byte {error.start}: {error.reason}){hint}',
     )
     return None
+
+
+def encoding_hint(raw: bytes) -> str:
+  """Returns how to convert a file with bytes that are not UTF-8 text.
+
+  With NUL bytes it is no text at all, and there is no hint, unless they are as
+  many as in UTF-16.
+  """
+  first = raw[:1000]
+  if (
+    raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    or first.count(0) > len(first) // 4
+  ):
+    return '; it looks like UTF-16: iconv -f UTF-16 -t UTF-8'
+  if b'\0' in raw:
+    return ''
+  return '; if it is in another encoding: iconv -f LATIN1 -t UTF-8'
 
 
 def usable(text: str, place: Place, problems: source.Problems) -> bool:

@@ -108,6 +108,15 @@ _DECODERS: dict[str, type[_Decoder]] = {
   '.xz': _Xz,
 }
 SUFFIXES = tuple(_DECODERS)
+# How their files begin; of .zst also a frame that is to be skipped.
+_MAGIC = {
+  '.gz': (b'\x1f\x8b',),
+  '.zst': (
+    b'\x28\xb5\x2f\xfd',
+    *(bytes([first, 0x2A, 0x4D, 0x18]) for first in range(0x50, 0x60)),
+  ),
+  '.xz': (b'\xfd7zXZ\0',),
+}
 
 
 def blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
@@ -134,6 +143,8 @@ def blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
       if not data:
         continue
       decoder = _DECODERS[suffix]()
+    if not begun and not _begins(data, suffix):
+      raise DamagedError(f'is not a {suffix} file')
     begun = True
     try:
       content, data = decoder.decode(data)
@@ -145,3 +156,8 @@ def blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     raise DamagedError('is empty')
   if not decoder.eof:
     raise DamagedError('ends in the middle')
+
+
+def _begins(data: bytes, suffix: str) -> bool:
+  """Whether a file of these first bytes, or few, may be what it is named."""
+  return any(magic.startswith(data[: len(magic)]) for magic in _MAGIC[suffix])

@@ -31,6 +31,9 @@ _OWN_COPY = {
   ),
 }
 
+NAMES = tuple(sorted({*CORPORA, *_OWN_COPY}))
+"""Known to recipes, fetched or not."""
+
 
 def open_corpus(
   name: str, cache_dir: pathlib.Path, option: str = OPTION
@@ -53,6 +56,6 @@ def open_corpus(
     )
   if name not in CORPORA:
     raise errors.UserError(
-      f'{option}: there is no {name!r}, only {", ".join(sorted(CORPORA))}'
+      f'{option}: there is no {name!r}, only {", ".join(NAMES)}'
     )
   return CORPORA[name](cache_dir)

@@ -1,11 +1,13 @@
 """The data of a run: from a `DataConfig` to batches of tokens."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 from train import config as config_lib
@@ -56,6 +58,11 @@ class Dataset:
   def tokens(self) -> dict[str, int]:
     """Number of tokens by split, with an end-of-text after each document."""
     return self._sums('tokens')
+
+  @property
+  def targets(self) -> dict[str, int]:
+    """Number of tokens by split that a model is to predict."""
+    return self._sums('targets')
 
   @property
   def source_hash(self) -> str:
@@ -143,6 +150,12 @@ def load(
   if config.prepared:
     spec = mixture.parse(config.prepared)
     sources, stages = prepared.open_all(spec.directories), spec.stages
+    ways = sorted({place.stats.layout for place in sources})
+    if not config.layout and len(ways) > 1:
+      raise errors.UserError(
+        f'--data.prepared mixes {" and ".join(ways)}: say which with'
+        ' --data.layout'
+      )
   else:
     if cache_dir is None:
       cache_dir = cache.default_directory()
@@ -153,10 +166,11 @@ def load(
   _check_length(dataset)
   for name in stats.SPLITS:
     _logger.info(
-      '%s: %s documents, %s tokens',
+      '%s: %s documents, %s tokens, %s targets',
       name,
       f'{dataset.documents[name]:,}',
       f'{dataset.tokens[name]:,}',
+      f'{dataset.targets[name]:,}',
     )
   return dataset
 
@@ -192,16 +206,28 @@ def _from_text(
   small = sum(part.size for part in parts) < _SMALL
 
   def build(temporary: pathlib.Path) -> None:
-    prepare.prepare(
-      text,
-      vocabulary,
-      request,
-      temporary,
-      workers=1 if small else os.cpu_count() or 1,
-    )
+    try:
+      prepare.prepare(
+        text,
+        vocabulary,
+        request,
+        temporary,
+        workers=1 if small else os.cpu_count() or 1,
+      )
+    except errors.UserError as error:
+      cause = error.__cause__
+      if cause and os.strerror(errno.ENOSPC) in str(cause):
+        raise cause from None  # The cache says what helps there.
+      raise
 
   target = directory / 'prepared' / name
-  return prepared.Prepared(cache.build_once(target, build))
+  try:
+    return prepared.Prepared(cache.build_once(target, build))
+  except prepared.DamagedError as damage:
+    _logger.warning('building %s anew: %s', target, damage)
+    with cache.one_line_errors(target):
+      shutil.rmtree(target)
+    return prepared.Prepared(cache.build_once(target, build))
 
 
 def _stored(layout: str) -> str:
@@ -214,32 +240,33 @@ def _resolved(
 ) -> config_lib.DataConfig:
   """Sets the layout, and checks that the windows are those asked for."""
   there = found.stats
-  if there.sequence_length != config.sequence_length:
-    raise errors.UserError(
-      f'{config.prepared} holds windows of {there.sequence_length} tokens, not'
-      f' {config.sequence_length}: give --data.sequence_length'
-      f' {there.sequence_length}, or prepare with --seq'
-      f' {config.sequence_length}'
-    )
   layout = config.layout or (there.layout if config.prepared else 'stream')
+  give, prepare_with = [], []
+  if there.sequence_length != config.sequence_length:
+    give.append(f'--data.sequence_length {there.sequence_length}')
+    prepare_with.append(f'--seq {config.sequence_length}')
   if _stored(layout) != _stored(there.layout):
+    give.append(f'--data.layout {there.layout}')
+    prepare_with.append(f'--layout {layout}')
+  if give:
     raise errors.UserError(
-      f'{config.prepared} was prepared in the layout {there.layout}, not'
-      f' {layout}: give --data.layout {there.layout}, or prepare with --layout'
-      f' {layout}'
+      f'{config.prepared} holds windows of {there.sequence_length} tokens in'
+      f' the layout {there.layout}: give {" ".join(give)}, or prepare with'
+      f' {" ".join(prepare_with)}'
     )
   return dataclasses.replace(config, layout=layout)
 
 
 def _check_length(dataset: Dataset) -> None:
   config = dataset.config
-  for place in dataset.sources:
-    windows = place.stats.windows['train']
+  if len(dataset.sources) == 1:  # Of several each gives what it has.
+    stats_of = dataset.sources[0].stats
+    windows = stats_of.windows['train']
     if windows < config.batch_size:
       raise errors.UserError(
         f'the training split has {windows:,} windows of'
         f' {config.sequence_length} tokens'
-        f' ({place.stats.documents["train"]:,} documents), one batch needs'
+        f' ({stats_of.documents["train"]:,} documents), one batch needs'
         f' {config.batch_size:,}: give more text, or lower --data.batch_size'
         ' or --data.sequence_length'
       )

@@ -126,16 +126,21 @@ class JsonLines:
             yield text
           first = False
     except compressed.DamagedError as error:
-      problems.found('truncated', f'{path} {error}, after {place()}')
+      # A compressed file is one part: the line is that of the whole file.
+      after = f', after line {place.line}' if place.line else ''
+      problems.found('truncated', f'{path} {error}{after}')
 
   def _text(
     self, raw: bytes, place: '_Place', problems: source.Problems
   ) -> str | None:
-    line = checks.decoded(raw, place, problems)
+    line = checks.decoded(raw, place, problems, of_text_file=True)
     if line is None:
       return None
     if '\0' in line:
-      problems.found('encoding', f'{place()} is not text: it has NUL bytes')
+      hint = checks.encoding_hint(raw)
+      problems.found(
+        'encoding', f'{place()} is not text: it has NUL bytes{hint}'
+      )
       return None
     try:
       record = json.loads(line)

@@ -36,7 +36,8 @@ def parse(text: str, option: str = '--data.prepared') -> Spec:
 
   From step 1000 on the last one has other weights. A directory without a
   weight has weight 1; only what is a number counts as one, so that a name can
-  hold '=' as in 'lang=en', but not ',' or ';'.
+  hold '=' as in 'lang=en', but not ',' or ';'. What is no number after the name
+  of a directory is a mistake, unless there is one of the whole name.
 
   Args:
     text: As typed.
@@ -94,6 +95,11 @@ def _weights(text: str, option: str) -> dict[str, float]:
         ' at random'
       )
     name = os.path.normpath(os.path.expanduser(name))
+    head, equals, tail = name.rpartition('=')
+    if equals and os.path.isdir(head) and not os.path.exists(name):
+      raise errors.UserError(
+        f'{option}: the weight of {head} must be a number, not {tail!r}'
+      )
     if name in weights:
       raise errors.UserError(f'{option}: {text!r} names {name} twice')
     if not 0 < weight < float('inf'):

@@ -17,6 +17,7 @@ from train.data import checks, compressed, local_file, source
 PART = 2**26
 """Bytes of a part, not compressed, unless it is one row group."""
 _ROWS = 256
+_MAGIC = b'PAR1'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,8 @@ class Parquet:
           if text is not None:
             yield text
       except compressed.DamagedError as error:
-        problems.found(
-          'truncated', f'{self.file.path} {error}, after row {row}'
-        )
+        after = f', after row {row}' if row else ''
+        problems.found('truncated', f'{self.file.path} {error}{after}')
 
   def _text(
     self, raw: bytes | None, place: checks.Place, problems: source.Problems
@@ -85,7 +85,9 @@ class Parquet:
 
   def _values(self, opened: BinaryIO) -> Iterator[bytes | None]:
     if not self.groups:
-      raise compressed.DamagedError('is damaged, or no Parquet file')
+      if opened.read(len(_MAGIC)) != _MAGIC:
+        raise compressed.DamagedError('is not a Parquet file')
+      raise compressed.DamagedError('is damaged, or ends in the middle')
     with _open(opened) as file:
       batches = file.iter_batches(
         _ROWS, self.groups, [self.column], use_threads=False

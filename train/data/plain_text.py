@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from train.data import compressed, local_file, source
+from train.data import checks, compressed, local_file, source
 
 MAX_CHARACTERS = 10_000
 """Longer files are cut, so that some of a single book can be held out."""
@@ -121,7 +121,8 @@ class PlainText:
     try:
       for text in self._texts(opened):
         if '\0' in text:
-          raise _NotTextError('is not text: it has NUL bytes')
+          hint = checks.encoding_hint(text.encode())
+          raise _NotTextError(f'is not text: it has NUL bytes{hint}')
         blank = blank and (not text or text.isspace())
     except _NotTextError as error:
       problems.found('encoding', f'{file.path} {error}')
@@ -156,6 +157,7 @@ class PlainText:
       except UnicodeDecodeError as error:
         raise _NotTextError(
           f'is not UTF-8 text (byte {first + error.start}: {error.reason})'
+          f'{checks.encoding_hint(block)}'
         ) from error
       position += len(block)
       if beginning and text:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import pathlib
 import resource
 from collections.abc import Callable, Sequence
@@ -19,6 +20,22 @@ _AGAIN = 'run "python -m train prepare" again'
 _DAMAGED = f'bring it back from a copy, or remove the directory and {_AGAIN}'
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a line of array_record's is of use.
+
+  It asks for groups of one record, file by file; `prepare` has a reason for
+  larger ones, in `write_records`.
+  """
+  return 'group size' not in record.getMessage()
+
+
+logging.getLogger('absl').addFilter(_is_news)
+
+
+class DamagedError(errors.UserError):
+  """A file is missing, or is not as it was written."""
+
+
 class Prepared:
   """A directory of records, checked as far as can be without reading them.
 
@@ -27,6 +44,7 @@ class Prepared:
     option: Where the user named it, for errors.
 
   Raises:
+    DamagedError: one of its files is missing or damaged.
     UserError: it is not there, not whole, or of something else.
   """
 
@@ -47,13 +65,16 @@ class Prepared:
     """What made the tokens.
 
     Raises:
-      UserError: it is not the one; or its library is not installed.
+      DamagedError: it is not the one.
+      UserError: its library is not installed.
     """
     path = self.directory / self.stats.tokenizer
     try:
       found = tokenizer_lib.from_content(
         self.stats.tokenizer, path.read_bytes()
       )
+    except FileNotFoundError as error:
+      raise self._missing(path.name) from error
     except (OSError, KeyError, vocabulary.NotATokenizerError) as error:
       raise self._damaged(path.name, error) from error
     if found.digest() != self.stats.tokenizer_hash:
@@ -75,8 +96,13 @@ class Prepared:
   def _error(self, message: str) -> errors.UserError:
     return errors.UserError(f'{self._option} {self.directory}: {message}')
 
-  def _damaged(self, name: str, why: Any) -> errors.UserError:
-    return self._error(f'{name} is damaged ({_line(why)}): {_DAMAGED}')
+  def _damaged(self, name: str, why: Any) -> DamagedError:
+    message = f'{name} is damaged ({_line(why)}): {_DAMAGED}'
+    return DamagedError(f'{self._option} {self.directory}: {message}')
+
+  def _missing(self, name: str) -> DamagedError:
+    message = f'{name} is missing: {_DAMAGED}'
+    return DamagedError(f'{self._option} {self.directory}: {message}')
 
   def _read_stats(self) -> stats_lib.Stats:
     path = self.directory / stats_lib.FILE
@@ -122,7 +148,7 @@ class Prepared:
       try:
         found = path.stat().st_size
       except FileNotFoundError as error:
-        raise self._error(f'{name} is missing: {_DAMAGED}') from error
+        raise self._missing(name) from error
       except OSError as error:
         raise self._error(
           f'{name} cannot be read ({error.strerror})'
@@ -132,6 +158,9 @@ class Prepared:
 
   def _open(self) -> tfds.core.DatasetBuilder:
     """Opens it as TFDS does, which must find what stats.json says."""
+    for name in ('dataset_info.json', 'features.json'):
+      if not (self.directory / name).exists():
+        raise self._missing(name)
     name = 'dataset_info.json or features.json'
     try:
       builder = tfds.builder_from_directory(self.directory)
@@ -280,7 +309,7 @@ def open_all(
   for other in opened[1:]:
     for name, facts in (
       ('sequence length', [p.stats.sequence_length for p in (first, other)]),
-      ('layout', [p.stats.layout for p in (first, other)]),
+      ('layout', [_stored(p.stats.layout) for p in (first, other)]),
       ('tokenizer', [p.stats.tokenizer_hash for p in (first, other)]),
     ):
       if facts[0] != facts[1]:
@@ -291,6 +320,11 @@ def open_all(
           ' other'
         )
   return opened
+
+
+def _stored(layout: str) -> str:
+  """What its files are: those of a stream can be read in two ways."""
+  return 'stream' if layout in layouts.CONTIGUOUS else layout
 
 
 def _allow_open_files(count: int) -> None:

@@ -70,5 +70,8 @@ class Stats:
       raise ValueError(str(error)) from error
 
   def digest(self) -> str:
-    """Identifies the tokens and their windows: sha256 of the JSON."""
-    return hashlib.sha256(self.to_json().encode()).hexdigest()
+    """Identifies the tokens and their windows, not the names of the text."""
+    values = dataclasses.asdict(self)
+    for name in ('request', 'near_duplicates'):
+      del values[name]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

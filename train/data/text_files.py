@@ -85,7 +85,8 @@ class TextFiles:
     """Returns the parts, about 64 MiB each where a file can be cut.
 
     Raises:
-      UserError: a file cannot be read, or is Parquet without such a column.
+      UserError: a file cannot be read, or is Parquet without such a column, or
+        there is nothing in any of them.
     """
     kinds = ((file, *(_kind(file.path) or ('', ''))) for file in self._files)
     parts = [
@@ -93,11 +94,10 @@ class TextFiles:
       for is_text, files in itertools.groupby(kinds, lambda k: k[1] == '.txt')
       for part in self._parts(is_text, files)
     ]
-    if not parts:  # Parquet without a row.
-      raise errors.UserError(
-        f'no text in {len(self._files)} file(s), the first'
-        f' {self._files[0].path}'
-      )
+    if not any(part.size for part in parts):  # None: Parquet without a row.
+      first, *others = self._files
+      more = f' and {len(others):,} more files' if others else ''
+      raise errors.UserError(f'there is no document in {first.path}{more}')
     return parts
 
   def _parts(

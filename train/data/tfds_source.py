@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import conversion_utils, dtype_utils
 
 from train import errors
@@ -29,11 +32,15 @@ PART = 2**16
 """Examples of a part, at most."""
 OPTIONS = ('--tfds', '--text-field', '--tfds-split')
 _READ_BATCH = 1024
+_ROOT = pathlib.Path(tfds.__file__).parent
 _HUGGING_FACE = 'huggingface:'
 _EXTRAS = {
   'tensorflow': "pip install -e '.[train,tensorflow]'",
   'apache_beam': "pip install -e '.[train,beam]'",
 }
+_INFO = 'dataset_info.json'
+# Of a download; the pauses between them are 6 s in all, those of TFDS 3 min.
+_RETRIES = 5
 # Those of requests, urllib3 and httpx, which need not be there.
 _NETWORK_ERRORS = (
   'ConnectionError',
@@ -106,13 +113,13 @@ class TfdsSource:
   @functools.cached_property
   def _builder(self) -> tfds.core.DatasetBuilder:
     directory = epath.Path(self._name).expanduser()
-    if (directory / 'dataset_info.json').exists():
-      with self._explained('read'):
+    builder = None
+    with self._explained('read'):
+      if (directory / _INFO).exists():
         builder = tfds.builder_from_directory(directory)
-    elif self._name.startswith(('/', '.', '~')) or '://' in self._name:
-      raise self._error(f'{self._name} has no dataset_info.json of TFDS')
-    else:
-      builder = self._by_name()
+      elif self._name.startswith(('/', '.', '~')) or '://' in self._name:
+        raise self._error(_no_dataset_in(self._name))
+    builder = builder or self._by_name()
     self._check(builder)
     return builder
 
@@ -139,7 +146,7 @@ class TfdsSource:
       # (tensorflow/datasets issue 11212).
       kind: Any = type(builder)
       kind.code_path = epath.Path(inspect.getfile(kind))
-      with self._explained('prepare'):
+      with self._explained('prepare'), _few_retries():
         builder.download_and_prepare(
           file_format='array_record',
           download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -206,6 +213,20 @@ class TfdsSource:
       raise self._error(_explain(self._name, doing, error)) from error
 
 
+@contextlib.contextmanager
+def _few_retries() -> Iterator[None]:
+  """Makes TFDS give up soon without network, and urllib3 silent about it."""
+  logger = logging.getLogger('urllib3.connectionpool')
+  before = downloader.MAX_RETRIES, logger.level
+  downloader.MAX_RETRIES = _RETRIES
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    downloader.MAX_RETRIES = before[0]
+    logger.setLevel(before[1])
+
+
 def _is_text(feature: Any) -> bool:
   scalar = getattr(feature, 'shape', None) == ()
   return scalar and bool(dtype_utils.is_string(feature.np_dtype))
@@ -232,6 +253,8 @@ def _explain(name: str, doing: str, error: Exception) -> str:
         f'no network to {doing} {name} ({_first_line(cause)}): prepare it where'
         ' there is one and name its directory, or give files'
       )
+  if doing == 'open' and _is_directory(name):
+    return _no_dataset_in(name)
   if isinstance(error, tfds.core.DatasetNotFoundError):
     return _not_found(name)
   return f'TFDS cannot {doing} {name}: {_first_line(error)}'
@@ -242,24 +265,74 @@ def _first_line(error: BaseException) -> str:
   return lines[0][:300]
 
 
+def _is_directory(name: str) -> bool:
+  """Whether what TFDS could not open is rather the name of a directory."""
+  path = pathlib.Path(name).expanduser()
+  beside = len(path.parts) > 1 and path.parent.is_dir()
+  return not _is_known(name) and (path.exists() or beside)
+
+
+def _no_dataset_in(name: str) -> str:
+  """Says what is in a place, and where below it there are datasets."""
+  path = epath.Path(name).expanduser()
+  if not path.exists():
+    return f'no such directory: {name}'
+  if not path.is_dir():
+    return f'{name} is a file: name the directory of a dataset'
+  below = (
+    str(info.parent)
+    for levels in ('*', '*/*', '*/*/*')  # Of name, configuration and version.
+    for info in sorted(path.glob(f'{levels}/{_INFO}'))
+  )
+  found = list(itertools.islice(below, 4))
+  hint = ''
+  if found:
+    hint = f': name the directory with it, as {", ".join(found[:3])}'
+    hint += ', ...' if len(found) > 3 else ''
+  return f'{name} has no {_INFO} of TFDS{hint}'
+
+
+def _is_known(name: str) -> bool:
+  """Whether TFDS has a dataset of the name, which may need TensorFlow."""
+  known = _dataset(name)
+  names = tfds.list_builders(with_community_datasets=False)
+  return known in names or _has_code(known)
+
+
+def _dataset(name: str) -> str:
+  """Returns the dataset of 'dataset/configuration:version'."""
+  return name.split('/')[0].split(':')[0]
+
+
+def _has_code(known: str) -> bool:
+  return any(_ROOT.glob(f'*/{known}.py')) or any(_ROOT.glob(f'*/{known}/'))
+
+
+def _alike(known: str) -> list[str]:
+  """Returns names of datasets that one may have mistyped."""
+  # Of those that need TensorFlow, these files alone give the names.
+  checksums = (_ROOT / 'url_checksums').glob('*.txt')
+  names = {path.stem for path in checksums}
+  names.update(tfds.list_builders(with_community_datasets=False))
+  return difflib.get_close_matches(known, sorted(names))
+
+
 def _not_found(name: str) -> str:
   """Says why TFDS may not know a name.
 
   Builders that import TensorFlow are left out of what TFDS knows where it is
   not installed, without a word.
   """
-  known = name.split('/')[0].split(':')[0]
-  root = pathlib.Path(tfds.__file__).parent
-  there = any(root.glob(f'*/{known}.py')) or any(root.glob(f'*/{known}/'))
+  known = _dataset(name)
   missing = importlib.util.find_spec('tensorflow') is None
-  if missing and there:
+  if missing and _has_code(known):
     return f'TFDS needs tensorflow to open {name}: {_EXTRAS["tensorflow"]}'
+  alike = ', '.join(_alike(known))
+  message = f'TFDS has no dataset {name!r}'
+  message += f' (it has {alike})' if alike else ''
   if missing:
-    return (
-      f'TFDS has no dataset {name!r}, or needs tensorflow to open it:'
-      f' {_EXTRAS["tensorflow"]}'
-    )
-  return f'TFDS has no dataset {name!r}'
+    message += f', or needs tensorflow to open it: {_EXTRAS["tensorflow"]}'
+  return message
 
 
 @dataclasses.dataclass(frozen=True)

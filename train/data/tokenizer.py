@@ -140,7 +140,7 @@ def read(path: pathlib.Path, option: str = '') -> Tokenizer:
     return from_content(kind(content), content)
   except vocabulary.NotATokenizerError as error:
     raise errors.UserError(
-      f'{prefix}{path} is not a tokenizer: {error}'
+      f'{prefix}{path} cannot be used as a tokenizer: {error}'
     ) from error
 
 

@@ -47,7 +47,9 @@ class TokenizersJson:
     end = next((special[name] for name in ENDS if name in special), None)
     if end is None:
       raise vocabulary.NotATokenizerError(
-        f'it has no end-of-text token: none of {", ".join(ENDS)} is special'
+        'it is a tokenizer.json, but it has no end-of-text token: none of'
+        f' {", ".join(ENDS)} is special; add {END_OF_TEXT} as a special token'
+        ' and save it again'
       )
     self.content = content
     """The file, verbatim."""

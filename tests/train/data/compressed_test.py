@@ -73,11 +73,22 @@ def test_any_cut_is_told(suffix):
 
 
 @pytest.mark.parametrize('suffix', compressed.SUFFIXES)
-@pytest.mark.parametrize('content', [b'\0\0', b'{"text": "plain"}', b'\x1f'])
+@pytest.mark.parametrize('content', [b'\0\0', b'{"text": "plain"}', b'a'])
 def test_other_content(suffix, content):
-  found, what = read(content, suffix)
-  assert found == b''
-  assert what.startswith(('is damaged', 'ends in the middle'))
+  assert read(content, suffix) == (b'', f'is not a {suffix} file')
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+def test_damage_after_the_first_bytes(suffix):
+  content = bytearray(COMPRESS[suffix](b'abc' * 100))
+  content[6:] = b'\xff' * (len(content) - 6)
+  assert read(bytes(content), suffix)[1].startswith('is damaged')
+
+
+def test_a_skippable_frame():
+  """As pzstd writes it first."""
+  content = b'\x50\x2a\x4d\x18\x04\0\0\0skip' + COMPRESS['.zst'](b'abc')
+  assert read(content, '.zst') == (b'abc', None)
 
 
 @pytest.mark.parametrize('suffix', compressed.SUFFIXES)

@@ -25,7 +25,7 @@ def test_a_corpus_of_the_papers_asks_for_a_copy(corpus):
 
 def test_an_unknown_corpus_lists_those_there_are():
   with pytest.raises(
-    UserError, match=r"^--corpus: there is no 'novels', only wikipedia_leads"
+    UserError, match=r"^--corpus: there is no 'novels', only c4, "
   ):
     corpora.open_corpus('novels', pathlib.Path())
 

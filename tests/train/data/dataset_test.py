@@ -155,7 +155,7 @@ def test_too_little_to_validate_on(load):
 
 def test_unknown_corpus(tmp_path):
   with pytest.raises(
-    errors.UserError, match=r"--data\.corpus: .*'nothing', only wikipedia_leads"
+    errors.UserError, match=r"--data\.corpus: .*'nothing', only c4, "
   ):
     data.load(config_lib.DataConfig(corpus='nothing'), tmp_path)
 
@@ -245,10 +245,14 @@ def test_a_stream_is_read_in_either_way(prepared):
   [
     (
       {'sequence_length': 17},
-      'give --data.sequence_length 16, or prepare with',
+      'give --data.sequence_length 16, or prepare with --seq 17$',
     ),
-    ({'layout': 'packed'}, 'in the layout stream, not packed: give --data.lay'),
-    ({'layout': 'truncate'}, 'or prepare with --layout truncate'),
+    ({'layout': 'packed'}, 'in the layout stream: give --data.layout stream, '),
+    (
+      {'layout': 'truncate', 'sequence_length': 9},
+      'give --data.sequence_length 16 --data.layout stream, or prepare with '
+      '--seq 9 --layout truncate$',
+    ),
   ],
 )
 def test_prepared_data_are_not_taken_for_others(prepared, asked, message):

@@ -122,7 +122,7 @@ def test_what_the_hub_refuses(server):
 
 
 def test_a_file_of_the_hub_that_is_no_tokenizer(server):
-  assert 'is not a tokenizer: it is neither' in refused('org/gpt2')
+  assert 'cannot be used as a tokenizer: it is neither' in refused('org/gpt2')
 
 
 def test_without_a_network(server, no_network):

@@ -140,6 +140,46 @@ def test_json_that_is_not_lines(tmp_path, name, content, match):
     assert 'jq -c' in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('content', 'told'),
+  [
+    (b'{"text": "a"}\n', 'is not a .gz file'),
+    (b'', 'is empty'),
+    (COMPRESS['.gz'](b'{"text": "a"}\n')[:-30], 'ends in the middle'),
+    (
+      COMPRESS['.gz'](b'{"text": "a"}\n' * 3)[:-8],
+      'ends in the middle, after line 3',
+    ),
+  ],
+)
+def test_how_far_a_damaged_file_is_read(tmp_path, content, told):
+  path = tmp_path / 'a.json.gz'
+  path.write_bytes(content)
+  problems = source.Problems(skip=True)
+  for part in json_lines.parts(local_file.LocalFile.find(path), '.gz', 'text',
+                               '--text-field'):  # fmt: skip
+    list(part.read(problems))
+  assert problems.counts == {'truncated': 1}
+  assert problems.first == [f'{path} {told}']
+
+
+@pytest.mark.parametrize(
+  ('encoding', 'told'),
+  [
+    ('latin-1', r'\); if it is in another .*: iconv -f LATIN1 -t UTF-8;'),
+    ('utf-16', 'it looks like UTF-16: iconv -f UTF-16 -t UTF-8;'),
+    ('utf-16-le', 'NUL bytes; it looks like UTF-16: iconv'),
+    ('utf-16-be', 'NUL bytes; it looks like UTF-16: iconv'),
+  ],
+)
+def test_another_encoding(tmp_path, encoding, told):
+  path = tmp_path / 'a.jsonl'
+  text = 'Größe' if encoding in ('latin-1', 'utf-16') else 'size'
+  path.write_bytes(f'{{"text": "{text}"}}\n'.encode(encoding))
+  with pytest.raises(errors.UserError, match=told):
+    read(files(path))
+
+
 def test_a_giant_line_is_not_kept(tmp_path):
   import tracemalloc
 

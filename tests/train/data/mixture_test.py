@@ -94,6 +94,20 @@ def test_mistakes_are_told_in_a_line(text, words):
   assert '\n' not in message
 
 
+def test_a_weight_that_is_no_number(tmp_path):
+  notes = tmp_path / 'notes'
+  notes.mkdir()
+  for weight in ('x', '-1', '', '3/4'):
+    with pytest.raises(
+      errors.UserError,
+      match=f'^--data.prepared: the weight of {notes} must be a number, not'
+      f" '{weight}'$",
+    ):
+      mixture.parse(f'{notes}={weight}')
+  (tmp_path / 'notes=en').mkdir()
+  assert read(f'{notes}=en') == ((f'{notes}=en',), [(0, (1.0,))])
+
+
 @given(st.text('ab=,;:.-0123456789e ', max_size=20))
 def test_any_text_is_read_or_refused(text):
   try:

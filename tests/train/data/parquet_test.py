@@ -61,7 +61,7 @@ def test_digest_is_of_content(tmp_path):
 def test_no_rows(tmp_path):
   path = tmp_path / 'a.parquet'
   pq.ParquetWriter(path, pa.schema({'text': pa.string()})).close()
-  with pytest.raises(errors.UserError, match=r'no text in 1 file.*a\.parquet'):
+  with pytest.raises(errors.UserError, match=r'no document in .*a\.parquet$'):
     files(path).parts()
 
 
@@ -107,13 +107,17 @@ def test_bad_rows(tmp_path, monkeypatch):
 
 def test_not_parquet(tmp_path):
   path = tmp_path / 'a.parquet'
-  for content in (b'', b'{"text": "a"}', b'PAR1' * 10):
+  for content, told in (
+    (b'{"text": "a"}', 'is not a Parquet file'),
+    (b'PAR1' * 10, 'is damaged, or ends in the middle'),
+  ):
     path.write_bytes(content)
-    with pytest.raises(errors.UserError, match=r'a\.parquet is damaged'):
+    with pytest.raises(errors.UserError, match=rf'a\.parquet {told};'):
       read(files(path))
     texts, problems = read_bad(files(path))
     assert texts == []
     assert problems.counts == {'truncated': 1}
+    assert problems.first == [f'{path} {told}']
     assert len(digests(files(path))) == 1
 
 

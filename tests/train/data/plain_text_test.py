@@ -38,7 +38,10 @@ def test_cut_prefers_paragraph_then_line_then_space(text, first):
   assert plain_text.cut(text, 11 if '\n\n' in text else 10)[0] == first
 
 
-@given(st.text(alphabet='ab \n\r\ufeffäü', max_size=200), st.integers(1, 9))
+@given(
+  st.text(alphabet='ab \n\r\ufeffäü', min_size=1, max_size=200),
+  st.integers(1, 9),
+)
 def test_read_in_blocks_as_in_one(tmp_path_factory, text, block):
   """A character, a line end or a byte order mark may lie on an edge."""
   path = tmp_path_factory.mktemp('blocks') / 'a.txt'
@@ -93,6 +96,30 @@ def test_a_bad_file(tmp_path, content, kind, match):
   texts, problems = read_bad(files(tmp_path / '*'))
   assert texts == ['good']
   assert problems.counts == {kind: 1}
+
+
+@pytest.mark.parametrize(
+  ('content', 'told'),
+  [
+    (
+      'Größe'.encode('latin-1'),
+      r'\(byte 2: .*\); if it is in another .*: iconv -f LATIN1 -t UTF-8;',
+    ),
+    (
+      'Größe'.encode('utf-16'),
+      r'\(byte 0: .*\); it looks like UTF-16: iconv -f UTF-16 -t UTF-8;',
+    ),
+    (
+      'some words'.encode('utf-16-le'),
+      'NUL bytes; it looks like UTF-16: iconv -f UTF-16 -t UTF-8;',
+    ),
+    (b'some words\0', 'NUL bytes; --skip-bad'),
+  ],
+)
+def test_another_encoding(tmp_path, content, told):
+  (tmp_path / 'a.txt').write_bytes(content)
+  with pytest.raises(errors.UserError, match=told):
+    read(files(tmp_path / 'a.txt'))
 
 
 def test_a_bad_byte_is_found_in_any_block(tmp_path, monkeypatch):

@@ -178,7 +178,9 @@ def test_the_tokenizer_comes_back(made, copy):
     with pytest.raises(errors.UserError, match=r'tokenizer\.json is damaged'):
       _ = prepared.Prepared(copy).tokenizer
   (copy / 'tokenizer.json').unlink()
-  with pytest.raises(errors.UserError, match=r'tokenizer\.json is damaged'):
+  with pytest.raises(
+    prepared.DamagedError, match=r'tokenizer\.json is missing'
+  ):
     _ = prepared.Prepared(copy).tokenizer
 
 
@@ -241,12 +243,16 @@ def test_missing_files_are_refused(copy):
 
 
 @pytest.mark.parametrize('name', ['features.json', 'dataset_info.json'])
-@pytest.mark.parametrize('damage', ['gone', 'empty', 'cut', 'none', 'other'])
+def test_missing_metadata_are_named(copy, name):
+  (copy / name).unlink()
+  refused(copy, f'[/a-z0-9]: {name} is missing: bring it back')
+
+
+@pytest.mark.parametrize('name', ['features.json', 'dataset_info.json'])
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'none', 'other'])
 def test_damaged_metadata_are_refused(made, copy, name, damage):
   path = copy / name
-  if damage == 'gone':
-    path.unlink()
-  elif damage == 'other' and name == 'features.json':
+  if damage == 'other' and name == 'features.json':
     path.write_bytes((made / 'packed' / name).read_bytes())
   elif damage == 'other':
     path.write_text(path.read_text().replace('"30"', '"29"'))

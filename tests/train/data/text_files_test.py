@@ -74,6 +74,19 @@ def test_no_match(tmp_path):
     files(tmp_path / '*.txt', options=('--data.files', '--data.text_field'))
 
 
+@pytest.mark.parametrize('suffix', ['.txt', '.jsonl', '.parquet'])
+def test_nothing_in_any_file(tmp_path, suffix):
+  (tmp_path / f'a{suffix}').write_text('')
+  with refused(rf'^there is no document in .*/a{suffix}$'):
+    files(tmp_path / 'a*').parts()
+  (tmp_path / f'b{suffix}').write_text('')
+  (tmp_path / f'c{suffix}').write_text('')
+  with refused(rf'^there is no document in .*/a{suffix} and 2 more files$'):
+    files(tmp_path / '*').parts()
+  (tmp_path / 'd.jsonl').write_text('{"text": "a"}\n')
+  assert read_bad(files(tmp_path / '*'))[0] == ['a']
+
+
 @pytest.mark.parametrize('name', ['a.csv', 'a.csv.gz', 'gz', 'a.parquet.gz'])
 def test_other_kinds_are_named(tmp_path, name):
   (tmp_path / name).write_text('a')

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -9,6 +10,8 @@ import urllib.request
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import urllib3
+from tensorflow_datasets.core.download import downloader
 
 from tests.train.data.sources import digests, read, read_bad
 from train import errors
@@ -73,6 +76,13 @@ class SmallTextsWithNetwork(_Builder):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     opener.open('http://127.0.0.1:9', timeout=5)
     yield 0, {}
+
+
+class SmallTextsWithDownload(_Builder):
+  """Has TFDS download from where no one listens."""
+
+  def _split_generators(self, dl_manager):
+    dl_manager.download('http://127.0.0.1:9/a')
 
 
 class SmallTextsBroken(_Builder):
@@ -219,8 +229,10 @@ def test_what_is_not_there(prepared, kwargs, match):
     ('small_texts_with_network', r'no network to prepare .*refused'),
     ('small_texts_broken', r'TFDS cannot prepare .*: .*by zero'),
     ('small_texts_plain/3.1.4', r'TFDS cannot open small_texts_plain/3'),
-    ('./nowhere', r'\./nowhere has no dataset_info\.json'),
-    ('~/nowhere', r'~/nowhere has no dataset_info\.json'),
+    ('lm1bb', r"has no dataset 'lm1bb' \(it has lm1b\)"),
+    ('wikpedia/a', r"has no dataset 'wikpedia/a' \(it has .*wikipedia"),
+    ('./nowhere', r'no such directory: \./nowhere$'),
+    ('~/nowhere', r'no such directory: ~/nowhere$'),
   ],
 )
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -230,6 +242,55 @@ def test_errors_name_what_helps(tmp_path, capfd, name, match):
   assert '\n' not in str(caught.value)
   assert capfd.readouterr().out == ''
   assert not list(tmp_path.rglob('dataset_info.json'))
+
+
+def test_a_directory_above_the_dataset(prepared, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(prepared, tmp_path / 'my/texts/1.0.0')
+  below = 'name the directory with it, as my/texts/1.0.0$'
+  for name in ('my', 'my/texts', 'my/texts/'):
+    with refused(rf'{name} has no dataset_info\.json of TFDS: {below}'):
+      tfds_source.TfdsSource(name).parts()
+  with refused(r'with it, as /.*/my/texts/1\.0\.0$'):
+    tfds_source.TfdsSource(str(tmp_path)).parts()
+  for name, match in (
+    ('my/nowhere', 'no such directory: my/nowhere$'),
+    (
+      'my/texts/1.0.0/dataset_info.json',
+      r'my/.*/dataset_info\.json is a file: name the directory of a dataset$',
+    ),
+    ('empty', r'empty has no dataset_info\.json of TFDS$'),
+  ):
+    (tmp_path / 'empty').mkdir(exist_ok=True)
+    with refused(match):
+      tfds_source.TfdsSource(name).parts()
+  for i in range(2, 6):
+    shutil.copytree(prepared, tmp_path / f'my/texts/{i}.0.0')
+  with refused(r'as my/texts/1\.0\.0, .*/2\.0\.0, .*/3\.0\.0, \.\.\.$'):
+    tfds_source.TfdsSource('my/texts').parts()
+  # What TFDS knows comes before a directory of that name.
+  (tmp_path / 'small_texts_plain').mkdir()
+  texts = tfds_source.TfdsSource('small_texts_plain', data_dir=tmp_path / 'b')
+  assert len(read(texts)) == len(TEXTS)
+
+
+def test_a_download_without_network_fails_soon(tmp_path, monkeypatch, caplog):
+  pauses = []
+  monkeypatch.setattr(
+    urllib3.util.Retry,
+    '_sleep_backoff',
+    lambda retry: pauses.append(retry.get_backoff_time()),
+  )
+  monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+  before = downloader.MAX_RETRIES
+  with refused('no network to prepare small_texts_with_download'):
+    tfds_source.TfdsSource(
+      'small_texts_with_download', data_dir=tmp_path
+    ).parts()
+  assert 1 < sum(pauses) < 10
+  assert not [r for r in caplog.records if r.name.startswith('urllib3')]
+  assert before == downloader.MAX_RETRIES
+  assert not logging.getLogger('urllib3.connectionpool').level
 
 
 def test_prepared_as_tfrecord(prepared, tmp_path):

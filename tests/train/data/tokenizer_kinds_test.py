@@ -298,14 +298,20 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content, words):
   with pytest.raises(errors.UserError) as error:
     tokenizer.open_tokenizer(str(path), '--data.tokenizer')
   message = str(error.value)
-  assert message.startswith(f'--data.tokenizer: {path} is not a tokenizer: ')
+  assert message.startswith(
+    f'--data.tokenizer: {path} cannot be used as a tokenizer: '
+  )
   assert words in message
   assert '\n' not in message
 
 
 def test_a_vocabulary_without_an_end():
   plain = tokenizers.Tokenizer(models.WordLevel({'a': 0, '</s>': 1}, 'a'))
-  with pytest.raises(vocabulary.NotATokenizerError, match='no end-of-text'):
+  with pytest.raises(
+    vocabulary.NotATokenizerError,
+    match=r'^it is a tokenizer\.json, but it has no end-of-text token: .*; add'
+    r' <\|endoftext\|> as a special token and save it again$',
+  ):
     tokenizer.from_content('tokenizer.json', plain.to_str().encode())
   content = sentencepiece_model(vocab_size=80, eos_id=-1)
   with pytest.raises(vocabulary.NotATokenizerError, match='no end-of-text'):

@@ -19,10 +19,17 @@ WORK = '.work'
 _LOCK = 'lock'
 
 
+def check_directory(out: pathlib.Path) -> None:
+  """Raises: UserError: there is a file of this name, or of one above."""
+  for path in (out, *out.parents):
+    # Not its methods: they raise where one may not look.
+    if os.path.exists(path) and not os.path.isdir(path):
+      where = '' if path == out else f'{out}: '
+      raise errors.UserError(f'--out {where}{path} is a file: name a directory')
+
+
 def check_free(out: pathlib.Path) -> None:
   """Raises: UserError: there is something that is not from here."""
-  if out.exists() and not out.is_dir():
-    raise errors.UserError(f'{out} is not a directory')
   if not (out / WORK).is_dir() and out.is_dir() and any(out.iterdir()):
     raise errors.UserError(
       f'{out} is not empty: name another directory, or one that is not there'

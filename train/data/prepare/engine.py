@@ -74,12 +74,13 @@ def _run_processes(
   executor = concurrent.futures.ProcessPoolExecutor(
     workers, context, _begin, (job, counts, ear)
   )
+  done = False
   try:
     with _no_interrupts():
       waiting = {executor.submit(_do, task) for task in tasks}
     seen = [0, 0]
     while waiting:
-      done, waiting = concurrent.futures.wait(
+      ended, waiting = concurrent.futures.wait(
         waiting,
         _SECONDS_BETWEEN_LOOKS,
         concurrent.futures.FIRST_EXCEPTION,
@@ -87,14 +88,18 @@ def _run_processes(
       now = counts[:]
       progress.count(now[0] - seen[0], now[1] - seen[1])
       seen = now
-      for future in done:
+      for future in ended:
         future.result()
+    done = True
   except process.BrokenProcessPool as error:
     raise errors.UserError(
       'a worker process has died, most likely for want of memory: give the'
-      ' same command again with fewer --workers; it goes on from here'
+      ' same command again, `prepare` with fewer --workers'
     ) from error
   finally:
+    if not done:  # One that is still starting would tell of what is gone.
+      for worker in multiprocessing.active_children():
+        worker.kill()
     mouth.close()
     executor.shutdown(cancel_futures=True)
     ear.close()
@@ -104,11 +109,22 @@ def _run_processes(
 def _no_interrupts() -> Iterator[None]:
   """Processes started meanwhile leave Ctrl-C to this one."""
   resource_tracker.ensure_running()  # Which would let signals through again.
+  heard: list[int] = []
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  # Another thread may take it, and Python then acts on it in the main one.
+  main = threading.current_thread() is threading.main_thread()
+  if main:
+    previous = signal.signal(
+      signal.SIGINT, lambda number, _: heard.append(number)
+    )
   try:
     yield
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if main:
+      signal.signal(signal.SIGINT, previous)
+  if heard:
+    raise KeyboardInterrupt
 
 
 _job: Job

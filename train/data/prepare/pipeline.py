@@ -22,6 +22,7 @@ from train.data.prepare import (
   records,
   tokenize_part,
   vocabulary,
+  wording,
   write_records,
 )
 from train.data.prepare import engine as engine_lib
@@ -31,6 +32,8 @@ _logger = logging.getLogger('train.data')
 
 _SMALLEST_VOCABULARY = 257
 _NAMED = 5  # Bad documents.
+_FEW = 100  # Documents of which a share may be none.
+_STEPS = ('tokens', 'near-duplicates', 'records')
 _LONGEST = 2**17 - 3  # What numbers of 16 bits count in a row: pieces of 2.
 
 
@@ -70,7 +73,10 @@ def prepare(
       written, or the directory holds, or is to hold, something else.
   """
   _check(request, tokenizer)
-  out = out.absolute()
+  directory.check_directory(out)
+  if engine == 'beam':  # Its workers may be at work elsewhere.
+    out = out.absolute()
+  source.parts()  # What is wrong with it is told before anything is made.
   wanted = plan.plan(source, tokenizer, request)
   if found := _found(out, wanted, source, request):
     return found
@@ -86,6 +92,8 @@ def prepare(
       if not plan.begun(work, wanted):
         plan.begin(work, wanted)
     shown = progress or progress_lib.Progress()
+    first = ('vocabulary',) if isinstance(tokenizer, int) else ()
+    shown.steps = (*first, *_STEPS)
     try:
       stats = _prepare(source, tokenizer, request, out, wanted, runner, shown)
     finally:
@@ -108,7 +116,7 @@ def _prepare(
   pieces = [work / task.name for task in tasks]
   dtype = plan.token_dtype(tokenizer)
 
-  shown.begin('held-out documents', 0)
+  shown.end()
   validation = held_out.LayOut(
     tuple(pieces), request, tokenizer.end_of_text, dtype, work
   )()
@@ -135,7 +143,9 @@ def _prepare(
   for split in stats_lib.SPLITS:
     if not len(rows[split]):
       directory.discard(out)
-      raise _too_small(split, documents[split], tokens[split], request)
+      raise _too_small(
+        split, documents, tokens[split], request, tasks, of_parts
+      )
 
   lookups = [
     find_duplicates.Task(path, task.size)
@@ -290,17 +300,46 @@ def _engine(
 
 
 def _too_small(
-  split: str, documents: int, tokens: int, request: source_lib.Request
+  split: str,
+  documents: Mapping[str, int],
+  tokens: int,
+  request: source_lib.Request,
+  tasks: Sequence[tokenize_part.Task],
+  summaries: Sequence[piece.Summary],
 ) -> errors.UserError:
-  name = {'train': 'training'}.get(split, split)
-  remedies = ['give more text', 'shorten the windows']
-  if split == 'validation' or not documents:
+  in_all = sum(documents.values())
+  if in_all:
+    name = {'train': 'training'}.get(split, split)
+    count = wording.counted(documents[split], 'document')
+    message = (
+      f'the {name} split has {tokens:,} tokens ({count}), one window needs'
+      f' {request.sequence_length + 1:,}: {_remedies(split, documents)}'
+    )
+    if in_all <= _FEW:
+      message += f'; the text has {wording.counted(in_all, "document")} in all'
+  else:
+    message = f'there is no document in {tasks[0].part.name}'
+    if len(tasks) > 1:
+      message += f' and {wording.counted(len(tasks) - 1, "part")} more'
+  if skipped := _total(summary.skipped for summary in summaries):
+    first = next(m for summary in summaries for m in summary.problems)
+    message += f'; left out: {wording.left_out(skipped)}, the first: {first}'
+  return errors.UserError(message)
+
+
+def _remedies(split: str, documents: Mapping[str, int]) -> str:
+  remedies = [
+    'give more text',
+    'shorten the windows with --seq (of a run, --data.sequence_length)',
+  ]
+  if split == 'validation' or not documents[split]:
     amount = 'more' if split == 'validation' else 'less'
-    remedies.insert(0, f'hold {amount} out')
-  return errors.UserError(
-    f'the {name} split has {tokens:,} tokens ({documents:,} documents), one'
-    f' window needs {request.sequence_length + 1:,}: {", or ".join(remedies)}'
-  )
+    remedies.insert(
+      0,
+      f'hold {amount} out with --validation-fraction (of a run,'
+      ' --data.validation_fraction)',
+    )
+  return ', or '.join(remedies)
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

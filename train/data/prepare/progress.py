@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 import rich.console
@@ -15,9 +16,11 @@ class Progress:
 
   tokens = 0
   """Made so far."""
+  steps: Sequence[str] = ()
+  """What is to be begun, in order."""
 
   def begin(self, what: str, size: int) -> None:
-    """Begins a step of so many bytes."""
+    """Begins a step of so many bytes; of none, there is nothing to show."""
 
   def count(self, tokens: int, size: int) -> None:
     """Takes tokens and bytes just dealt with."""
@@ -48,9 +51,12 @@ class Shown(Progress):
     """As `Progress.begin`."""
     self.end()
     self._what, self._total = what, size
+    if what in self.steps:
+      number = self.steps.index(what) + 1
+      self._what += f' (step {number} of {len(self.steps)})'
     self._size = self._tokens = 0
     self._begun = self._said = time.monotonic()
-    if self._file.isatty():
+    if size and self._file.isatty():
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn('{task.description}'),
         rich.progress.BarColumn(),
@@ -60,7 +66,7 @@ class Shown(Progress):
         console=rich.console.Console(file=self._file),
         transient=True,
       )
-      self._task = self._bar.add_task(what, total=size, tokens='')
+      self._task = self._bar.add_task(self._what, total=size, tokens='')
       self._bar.start()
 
   def count(self, tokens: int, size: int) -> None:
@@ -72,6 +78,8 @@ class Shown(Progress):
       self._bar.update(
         self._task, completed=self._size, tokens=self._speed().strip(' ,')
       )
+    elif not self._total:
+      return
     elif time.monotonic() >= self._said + _SECONDS_BETWEEN_LINES:
       self._said = time.monotonic()
       left = (self._said - self._begun) * (self._total / max(self._size, 1) - 1)

@@ -14,6 +14,10 @@ from train.data.prepare import files, progress
 _logger = logging.getLogger('train.data')
 
 _DIGESTS = 'read-for-vocabulary.json'
+# Characters. Merges of less take no time that is worth a word; of more than
+# `ByteLevelBPE.train` reads there are none.
+_MUCH = 2**22
+_ENOUGH = 2**30
 
 
 def trained(
@@ -46,14 +50,20 @@ def trained(
 
   def texts() -> Iterator[str]:
     problems = source_lib.Problems(request.skip_bad)
+    characters = 0
     for part in parts:
       digests.append(part.digest())
       for text in part.read(problems):
         if not split.is_held_out(
           split.text_hash(text), request.validation_fraction
         ):
+          characters += len(text)
+          if characters >= _ENOUGH:  # It does not ask for more.
+            _tell_read(shown)
           yield text
       shown.count(0, part.size)
+    if characters >= _MUCH:
+      _tell_read(shown)
 
   _logger.info('training a byte-level BPE of %d tokens', vocab_size)
   shown.begin('vocabulary', sum(part.size for part in parts))
@@ -67,3 +77,9 @@ def trained(
     # Last: where it is there, all of it is.
     storage.write_atomically(path, tokenizer.content.decode())
   return tokenizer, digests
+
+
+def _tell_read(shown: progress.Progress) -> None:
+  """What comes then runs in the library, which leaves signals to Python."""
+  shown.end()
+  _logger.info('learning the merges (Ctrl-C is heard when that is done)')

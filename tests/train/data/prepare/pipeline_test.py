@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import logging
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from train.data.prepare import (
   plan,
   prepare,
   tokenize_part,
+  vocabulary,
+  wording,
   write_records,
 )
 
@@ -236,10 +239,30 @@ def test_a_full_disk_as_arrayrecord_says_it(tmp_path, monkeypatch):
     make(tmp_path)
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(errors.UserError, match='Not a directory'):
-    make(tmp_path / 'file' / 'out')
+def test_a_file_is_no_directory(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  with pytest.raises(
+    errors.UserError, match=f'^--out {file} is a file: name a directory$'
+  ):
+    make(file)
+  with pytest.raises(errors.UserError, match=f'out: {file} is a file: name'):
+    make(file / 'out')
+
+
+def test_a_directory_that_cannot_be_written():
+  with pytest.raises(errors.UserError, match=r'^cannot write /proc/out: '):
+    make(pathlib.Path('/proc/out'))
+
+
+def test_paths_are_said_as_typed(tmp_path, monkeypatch, references):
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  out = pathlib.Path('../out')
+  make(out, workers=2)
+  assert fakes.contents(tmp_path / 'out') == references('stream')
+  with pytest.raises(errors.UserError, match=r'^\.\./out was prepared in the'):
+    make(out, 'packed')
 
 
 def test_again_says_so_and_tokenizes_nothing(tmp_path, caplog, monkeypatch):
@@ -331,7 +354,8 @@ def test_text_that_changed_meanwhile_is_refused(tmp_path, wanted):
     prepare(changed(corpus), *arguments)
 
 
-def test_a_vocabulary_of_the_training_split(tmp_path, monkeypatch):
+def test_a_vocabulary_of_the_training_split(tmp_path, monkeypatch, caplog):
+  caplog.set_level('INFO', 'train')
   arguments = (fakes.corpus(), 290, request_for())
   made = prepare(*arguments, tmp_path / 'a')
   assert made.vocab_size == 290
@@ -343,6 +367,8 @@ def test_a_vocabulary_of_the_training_split(tmp_path, monkeypatch):
   ]
   expected = tokenizer.ByteLevelBPE.train(train, 290)
   assert made.tokenizer_hash == expected.digest()
+  # A small text's merges take no time.
+  assert not [m for m in caplog.messages if 'Ctrl-C' in m]
   # Cut off while it is trained.
   with pytest.raises(KeyboardInterrupt):
     prepare(*arguments, tmp_path / 'b', progress=fakes.Interrupting(2))
@@ -352,6 +378,24 @@ def test_a_vocabulary_of_the_training_split(tmp_path, monkeypatch):
   monkeypatch.setattr(tokenizer.ByteLevelBPE, 'train', None)
   prepare(*arguments, tmp_path / 'b')
   assert fakes.contents(tmp_path / 'a') == fakes.contents(tmp_path / 'b')
+
+
+@pytest.mark.parametrize('enough', [False, True])
+def test_merges_that_take_time_are_announced(
+  tmp_path, monkeypatch, caplog, enough
+):
+  caplog.set_level('INFO', 'train')
+  monkeypatch.setattr(vocabulary, '_MUCH', 100)
+  if enough:  # The text is read up to there.
+    monkeypatch.setattr(vocabulary, '_ENOUGH', 1000)
+    monkeypatch.setattr(tokenizer, '_LARGEST_SAMPLE', 1000)
+  prepare(fakes.corpus(), 290, request_for(), tmp_path)
+  said = 'learning the merges (Ctrl-C is heard when that is done)'
+  assert caplog.messages.count(said) == 1
+
+
+def test_what_is_enough_to_train_a_vocabulary():
+  assert vocabulary._ENOUGH == tokenizer._LARGEST_SAMPLE
 
 
 def test_bad_documents(tmp_path, caplog):
@@ -394,16 +438,52 @@ def test_parts_that_left_something_out_are_not_kept_for_who_asks_for_all(
 @pytest.mark.parametrize(
   'texts, words',
   [
-    ((), r'training split has 0 tokens \(0 documents\), one window needs 17'),
-    (('a',), 'one window needs 17: .*give more text'),
-    (('many words ' * 50,), r'validation split has 0 .*hold more out'),
+    ([()], r'^there is no document in part 0$'),
+    ([(), (), ()], r'^there is no document in part 0 and 2 parts more$'),
+    (
+      [('BAD',), ('BAD', 'BAD')],
+      r'no document in part 0 and 1 part more; left out: 3 json, the first:'
+      r' part 0, line 1 is bad$',
+    ),
+    (
+      [('a', 'BAD')],
+      r'^the training split has 2 tokens \(1 document\), one window needs 17:'
+      r' give more text, or shorten the windows with --seq \(of a run,'
+      r' --data\.sequence_length\); the text has 1 document in all; left out:'
+      r' 1 json, the first: part 0, line 2 is bad$',
+    ),
+    (
+      [('many words ' * 50,)],
+      r'validation split has 0 tokens \(0 documents\), .*: hold more out with'
+      r' --validation-fraction \(of a run, --data\.validation_fraction\), or',
+    ),
   ],
 )
 def test_too_little_text(tmp_path, texts, words):
   out = tmp_path / 'out'
   with pytest.raises(errors.UserError, match=words):
-    prepare(fakes.Source((texts,)), fakes.bpe(), request_for(), out)
+    prepare(
+      fakes.Source(tuple(texts)),
+      fakes.bpe(),
+      request_for(skip_bad=True),
+      out,
+    )
   assert not out.exists()
+
+
+def test_of_many_documents_it_is_not_said_how_many(tmp_path):
+  source_of_many = fakes.corpus(200)
+  request = dataclasses.replace(request_for(), validation_fraction=1e-9)
+  with pytest.raises(errors.UserError, match='hold more out') as caught:
+    prepare(source_of_many, fakes.bpe(), request, tmp_path / 'out')
+  assert 'in all' not in str(caught.value)
+
+
+def test_what_was_left_out_in_words():
+  assert wording.left_out({'truncated': 1, 'field': 1200}) == (
+    '1,200 field, 1 file cut short (truncated)'
+  )
+  assert wording.left_out({'truncated': 2}) == '2 files cut short (truncated)'
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,29 @@ def test_a_bar_on_a_terminal():
   assert re.search(r'tokens.*1\.0/2\.0 MB.*3\.0M tokens', terminal.getvalue())
 
 
+@pytest.mark.parametrize('kind', [io.StringIO, Terminal])
+def test_nothing_to_do_is_not_shown(clock, kind):
+  file = kind()
+  shown = progress.Shown(file)
+  shown.begin('records', 0)
+  clock[0] += 10
+  shown.count(0, 0)
+  shown.end()
+  assert file.getvalue() == ''
+
+
+@pytest.mark.parametrize('kind', [io.StringIO, Terminal])
+def test_steps_are_numbered(monkeypatch, kind):
+  monkeypatch.setattr(progress, '_SECONDS_BETWEEN_LINES', 0)
+  file = kind()
+  shown = progress.Shown(file)
+  shown.steps = ('tokens', 'records')
+  shown.begin('records', 2_000_000)
+  shown.count(0, 2_000_000)
+  shown.end()
+  assert 'records (step 2 of 2)' in file.getvalue()
+
+
 def test_none_looks():
   silent = progress.Progress()
   silent.begin('tokens', 1)
