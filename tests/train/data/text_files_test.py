@@ -201,7 +201,7 @@ def _damage(content, seed):
   ['.parquet', *(f + c for f in ('.jsonl', '.txt') for c in COMPRESS)],
 )
 @pytest.mark.parametrize(
-  'tries', [20, pytest.param(600, marks=pytest.mark.slow)]
+  'tries', [20, pytest.param(200, marks=pytest.mark.slow)]
 )
 def test_damaged_files(tmp_path, suffix, tries, monkeypatch):
   """What is left of them is the same each time, or the error is one line."""

@@ -336,7 +336,7 @@ def test_bad_texts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'tries', [8, pytest.param(150, marks=pytest.mark.slow)]
+  'tries', [8, pytest.param(60, marks=pytest.mark.slow)]
 )
 def test_damaged_records(prepared, tmp_path, tries):
   shutil.copytree(prepared, tmp_path / 'a')
