@@ -5,6 +5,7 @@ file; how much depends on their buffers. Here it is the same every time.
 """
 
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
@@ -21,6 +22,17 @@ _MEMORY = 2**31
 
 class DamagedError(Exception):
   """A file ends too early, or is not what it should be; says which."""
+
+
+def too_much_memory(path: str | os.PathLike | None) -> str:
+  """Returns one line on a file for which the memory was not enough.
+
+  Whether it is damaged is not known: with more memory it may be whole.
+  """
+  return (
+    f'not enough memory to read {path or "the file"}: free some, or mend the'
+    ' file, which asks for too much where it is damaged'
+  )
 
 
 class _Decoder(Protocol):
@@ -51,6 +63,8 @@ class _Gzip:
     try:
       content = self._decoder.decompress(data, _OUTPUT)
     except zlib.error as error:
+      if str(error).startswith('Error -4 '):  # Z_MEM_ERROR
+        raise MemoryError from error
       raise DamagedError(f'is damaged ({error})') from error
     left = self._decoder.unconsumed_tail or self._decoder.unused_data
     return content, left
@@ -98,6 +112,8 @@ class _Zstd:
     try:
       content = self._decoder.decompress(data[:_ZSTD_INPUT])
     except self._error as error:
+      if 'not enough memory' in str(error):
+        raise MemoryError from error
       raise DamagedError(f'is damaged ({error})') from error
     return content, self._decoder.unused_data + data[_ZSTD_INPUT:]
 
@@ -128,8 +144,17 @@ def blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
 
   Raises:
     DamagedError: after all that could be read.
-    UserError: the library for it is not installed.
+    UserError: the library for it is not installed, or there is not enough
+      memory.
   """
+  try:
+    yield from _blocks(file, suffix)
+  except MemoryError as error:
+    path = getattr(file, 'name', None)
+    raise errors.UserError(too_much_memory(path)) from error
+
+
+def _blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
   decoder = _DECODERS[suffix]()
   begun = False  # The first stream; padding may come after it, not before.
   data = b''
@@ -146,10 +171,7 @@ def blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     if not begun and not _begins(data, suffix):
       raise DamagedError(f'is not a {suffix} file')
     begun = True
-    try:
-      content, data = decoder.decode(data)
-    except MemoryError as error:
-      raise DamagedError('is damaged (it asks for much memory)') from error
+    content, data = decoder.decode(data)
     if content:
       yield content
   if not begun:

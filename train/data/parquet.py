@@ -88,12 +88,12 @@ class Parquet:
       if opened.read(len(_MAGIC)) != _MAGIC:
         raise compressed.DamagedError('is not a Parquet file')
       raise compressed.DamagedError('is damaged, or ends in the middle')
-    with _open(opened) as file:
+    with _open(self.file, opened) as file:
       batches = file.iter_batches(
         _ROWS, self.groups, [self.column], use_threads=False
       )
       while True:
-        with _damage():
+        with _damage(self.file):
           batch = next(batches, None)
           if batch is None:
             return
@@ -116,9 +116,9 @@ def parts(
     UserError: the file cannot be read, or has no such column of text.
   """
   try:
-    with file.open() as opened, _open(opened) as parquet:
+    with file.open() as opened, _open(file, opened) as parquet:
       _check_column(file, parquet.schema_arrow, column, option)
-      groups = _groups(parquet.metadata)
+      groups = _groups(file, parquet.metadata)
   except compressed.DamagedError:
     yield Parquet(file, column, (), 0, file.size)
     return
@@ -133,9 +133,11 @@ def parts(
     yield Parquet(file, column, tuple(range(first, len(groups))), row, size)
 
 
-def _groups(metadata: pq.FileMetaData) -> list[tuple[int, int]]:
+def _groups(
+  file: local_file.LocalFile, metadata: pq.FileMetaData
+) -> list[tuple[int, int]]:
   """Returns the rows and the bytes of every row group."""
-  with _damage():
+  with _damage(file):
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [(group.num_rows, max(0, group.total_byte_size)) for group in groups]
 
@@ -166,19 +168,29 @@ def _check_column(
 
 
 @contextlib.contextmanager
-def _open(opened: BinaryIO) -> Iterator[pq.ParquetFile]:
-  with _damage():
+def _open(
+  file: local_file.LocalFile, opened: BinaryIO
+) -> Iterator[pq.ParquetFile]:
+  with _damage(file):
     # Without pre_buffer it holds a page, not the row group.
-    file = pq.ParquetFile(opened, pre_buffer=False)
-  yield file
+    parquet = pq.ParquetFile(opened, pre_buffer=False)
+  yield parquet
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-  """Tells what pyarrow says of damage from errors of the operating system."""
+def _damage(file: local_file.LocalFile) -> Iterator[None]:
+  """Tells what pyarrow says of damage from what the machine could not do.
+
+  Raises:
+    DamagedError: the file is damaged.
+    UserError: there is not enough memory, which damage may have asked for.
+    OSError: with an errno, as the file's.
+  """
   try:
     yield
-  except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+  except MemoryError as error:  # Also pyarrow's.
+    raise errors.UserError(compressed.too_much_memory(file.path)) from error
+  except (OSError, ValueError, pa.ArrowException) as error:
     if getattr(error, 'errno', None) is not None:
       raise
     why = str(error).strip().split('\n')[0][:200]

@@ -2,18 +2,14 @@
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import logging
 import os
-import pathlib
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +20,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import conversion_utils, dtype_utils
 
 from train import errors
-from train.data import checks, compressed, source
+from train.data import checks, compressed, source, tfds_errors
 
 _logger = logging.getLogger('train.data')
 
@@ -32,22 +28,9 @@ PART = 2**16
 """Examples of a part, at most."""
 OPTIONS = ('--tfds', '--text-field', '--tfds-split')
 _READ_BATCH = 1024
-_ROOT = pathlib.Path(tfds.__file__).parent
 _HUGGING_FACE = 'huggingface:'
-_EXTRAS = {
-  'tensorflow': "pip install -e '.[train,tensorflow]'",
-  'apache_beam': "pip install -e '.[train,beam]'",
-}
-_INFO = 'dataset_info.json'
 # Of a download; the pauses between them are 6 s in all, those of TFDS 3 min.
 _RETRIES = 5
-# Those of requests, urllib3 and httpx, which need not be there.
-_NETWORK_ERRORS = (
-  'ConnectionError',
-  'ConnectError',
-  'MaxRetryError',
-  'Timeout',
-)
 
 
 class TfdsSource:
@@ -115,10 +98,10 @@ class TfdsSource:
     directory = epath.Path(self._name).expanduser()
     builder = None
     with self._explained('read'):
-      if (directory / _INFO).exists():
+      if (directory / tfds_errors.INFO).exists():
         builder = tfds.builder_from_directory(directory)
       elif self._name.startswith(('/', '.', '~')) or '://' in self._name:
-        raise self._error(_no_dataset_in(self._name))
+        raise self._error(tfds_errors.no_dataset_in(self._name))
     builder = builder or self._by_name()
     self._check(builder)
     return builder
@@ -210,7 +193,9 @@ class TfdsSource:
     except errors.UserError:
       raise
     except Exception as error:  # Builders are anyone's code.
-      raise self._error(_explain(self._name, doing, error)) from error
+      raise self._error(
+        tfds_errors.explained(self._name, doing, error)
+      ) from error
 
 
 @contextlib.contextmanager
@@ -230,109 +215,6 @@ def _few_retries() -> Iterator[None]:
 def _is_text(feature: Any) -> bool:
   scalar = getattr(feature, 'shape', None) == ()
   return scalar and bool(dtype_utils.is_string(feature.np_dtype))
-
-
-def _explain(name: str, doing: str, error: Exception) -> str:
-  """Returns one line that says what happened and what helps."""
-  chain: list[BaseException] = []
-  cause: BaseException | None = error
-  while cause is not None and cause not in chain:
-    chain.append(cause)
-    cause = cause.__cause__ or cause.__context__
-  for cause in chain:
-    if isinstance(cause, ModuleNotFoundError) and cause.name:
-      package = cause.name.split('.')[0]
-      return (
-        f'TFDS needs {package} to {doing} {name}:'
-        f' {_EXTRAS.get(package, f"pip install {package}")}'
-      )
-  network = (ConnectionError, TimeoutError, socket.gaierror)
-  for cause in reversed(chain):
-    if isinstance(cause, network) or type(cause).__name__ in _NETWORK_ERRORS:
-      return (
-        f'no network to {doing} {name} ({_first_line(cause)}): prepare it where'
-        ' there is one and name its directory, or give files'
-      )
-  if doing == 'open' and _is_directory(name):
-    return _no_dataset_in(name)
-  if isinstance(error, tfds.core.DatasetNotFoundError):
-    return _not_found(name)
-  return f'TFDS cannot {doing} {name}: {_first_line(error)}'
-
-
-def _first_line(error: BaseException) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0][:300]
-
-
-def _is_directory(name: str) -> bool:
-  """Whether what TFDS could not open is rather the name of a directory."""
-  path = pathlib.Path(name).expanduser()
-  beside = len(path.parts) > 1 and path.parent.is_dir()
-  return not _is_known(name) and (path.exists() or beside)
-
-
-def _no_dataset_in(name: str) -> str:
-  """Says what is in a place, and where below it there are datasets."""
-  path = epath.Path(name).expanduser()
-  if not path.exists():
-    return f'no such directory: {name}'
-  if not path.is_dir():
-    return f'{name} is a file: name the directory of a dataset'
-  below = (
-    str(info.parent)
-    for levels in ('*', '*/*', '*/*/*')  # Of name, configuration and version.
-    for info in sorted(path.glob(f'{levels}/{_INFO}'))
-  )
-  found = list(itertools.islice(below, 4))
-  hint = ''
-  if found:
-    hint = f': name the directory with it, as {", ".join(found[:3])}'
-    hint += ', ...' if len(found) > 3 else ''
-  return f'{name} has no {_INFO} of TFDS{hint}'
-
-
-def _is_known(name: str) -> bool:
-  """Whether TFDS has a dataset of the name, which may need TensorFlow."""
-  known = _dataset(name)
-  names = tfds.list_builders(with_community_datasets=False)
-  return known in names or _has_code(known)
-
-
-def _dataset(name: str) -> str:
-  """Returns the dataset of 'dataset/configuration:version'."""
-  return name.split('/')[0].split(':')[0]
-
-
-def _has_code(known: str) -> bool:
-  return any(_ROOT.glob(f'*/{known}.py')) or any(_ROOT.glob(f'*/{known}/'))
-
-
-def _alike(known: str) -> list[str]:
-  """Returns names of datasets that one may have mistyped."""
-  # Of those that need TensorFlow, these files alone give the names.
-  checksums = (_ROOT / 'url_checksums').glob('*.txt')
-  names = {path.stem for path in checksums}
-  names.update(tfds.list_builders(with_community_datasets=False))
-  return difflib.get_close_matches(known, sorted(names))
-
-
-def _not_found(name: str) -> str:
-  """Says why TFDS may not know a name.
-
-  Builders that import TensorFlow are left out of what TFDS knows where it is
-  not installed, without a word.
-  """
-  known = _dataset(name)
-  missing = importlib.util.find_spec('tensorflow') is None
-  if missing and _has_code(known):
-    return f'TFDS needs tensorflow to open {name}: {_EXTRAS["tensorflow"]}'
-  alike = ', '.join(_alike(known))
-  message = f'TFDS has no dataset {name!r}'
-  message += f' (it has {alike})' if alike else ''
-  if missing:
-    message += f', or needs tensorflow to open it: {_EXTRAS["tensorflow"]}'
-  return message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,30 +268,38 @@ class Examples:
 
   def _values(self) -> Iterator[bytes]:
     """Reads the texts as they are stored."""
-    with _damage():
-      builder = tfds.builder_from_directory(self.directory)
-      examples = builder.as_data_source(self.split)
+    records, features = self._open()
     for start in range(self.start, self.stop, _READ_BATCH):
       numbers = range(start, min(start + _READ_BATCH, self.stop))
       try:
-        with _damage():
-          batch = examples.__getitems__(numbers)
+        with tfds_errors.reading(self.directory):
+          batch = records.__getitems__(numbers)
       except compressed.DamagedError:
-        # One by one, to come as far as the damage.
-        for number in numbers:
-          with _damage():
-            example = examples[number]
-          yield example[self.text_field]
-        raise
-      yield from (example[self.text_field] for example in batch)
+        # Anew, as a reader that has failed goes on failing; and one by one, to
+        # come as far as the damage.
+        records, _ = self._open()
+        batch = self._one_by_one(records, numbers)
+      for record in batch:
+        with tfds_errors.decoding(self.directory):
+          raw = features.deserialize_example_np(record)[self.text_field]
+          if raw is None:
+            raise ValueError(f'it has no {self.text_field!r}')
+        yield raw
 
+  def _open(self) -> tuple[Any, Any]:
+    """Returns the records of the split, as bytes, and what decodes them."""
+    try:
+      builder = tfds.builder_from_directory(self.directory)
+      records = builder.as_data_source(
+        self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+      )
+    except Exception as error:  # No record was read: none can be damaged.
+      message = tfds_errors.explained(self.directory, 'read', error)
+      raise errors.UserError(message) from error
+    return records, builder.info.features
 
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-  """Gives whatever a library says of a bad record one name."""
-  try:
-    yield
-  except Exception as error:
-    raise compressed.DamagedError(
-      f'is damaged ({_first_line(error)})'
-    ) from error
+  def _one_by_one(self, records: Any, numbers: range) -> Iterator[bytes]:
+    for number in numbers:
+      with tfds_errors.reading(self.directory):
+        record = records[number]
+      yield record

@@ -1,14 +1,15 @@
 import builtins
 import io
+import zlib
 
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.data.sources import COMPRESS
+from tests.train.data.sources import COMPRESS, read_bad
 from train import errors
-from train.data import compressed
+from train.data import compressed, text_files
 
 
 def read(content, suffix):
@@ -20,6 +21,10 @@ def read(content, suffix):
   except compressed.DamagedError as error:
     return found, str(error)
   return found, None
+
+
+def refused(match):
+  return pytest.raises(errors.UserError, match=match)
 
 
 @pytest.mark.parametrize('suffix', compressed.SUFFIXES)
@@ -109,3 +114,55 @@ def test_without_zstandard(monkeypatch):
   monkeypatch.setattr(builtins, '__import__', without)
   with pytest.raises(errors.UserError, match=r"pip install -e '\.\[train\]'"):
     read(b'', '.zst')
+
+
+@pytest.mark.parametrize('suffix', compressed.SUFFIXES)
+@pytest.mark.parametrize('when', ['at once', 'later'])
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, suffix, when):
+  real = compressed._DECODERS[suffix]
+
+  class Decoder(real):
+    def __init__(self):
+      if when == 'at once':
+        raise MemoryError
+      super().__init__()
+
+    def decode(self, data):
+      raise MemoryError
+
+  monkeypatch.setitem(compressed._DECODERS, suffix, Decoder)
+  path = tmp_path / f'a.txt{suffix}'
+  path.write_bytes(COMPRESS[suffix](b'abc'))
+  match = f'not enough memory to read {path}: .* damaged'
+  with refused(match), open(path, 'rb') as file:
+    list(compressed.blocks(file, suffix))
+  with refused(match):
+    read_bad(text_files.TextFiles(str(path)))
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'error'),
+  [
+    ('.gz', zlib.error('Error -4 while decompressing data')),
+    (
+      '.zst',
+      zstandard.ZstdError(
+        'zstd decompressor error: Allocation error : not enough memory'
+      ),
+    ),
+  ],
+)
+def test_libraries_tell_of_memory_in_their_own_errors(
+  monkeypatch, suffix, error
+):
+  class Failing:
+    eof = False
+
+    def decompress(self, data, *args):
+      raise error
+
+  made = compressed._DECODERS[suffix]()
+  made._decoder = Failing()
+  monkeypatch.setitem(compressed._DECODERS, suffix, lambda: made)
+  with refused('not enough memory to read the file: '):
+    read(COMPRESS[suffix](b'abc'), suffix)

@@ -1,3 +1,5 @@
+import errno
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -134,3 +136,42 @@ def test_a_damaged_row_group(tmp_path):
   assert texts == TEXTS[: len(texts)]
   assert problems.counts == {'truncated': 1}
   assert f'after row {len(texts)}' in problems.first[0]
+
+
+@pytest.mark.parametrize(
+  ('error', 'match'),
+  [
+    (MemoryError(), 'not enough memory to read {}: .* damaged'),
+    (
+      pa.ArrowMemoryError('malloc of size 1 failed'),
+      'not enough memory to read {}: .* damaged',
+    ),
+    (OSError(errno.EIO, 'Input/output error'), 'cannot read {}: Input/output'),
+  ],
+)
+def test_a_failure_of_the_machine_is_no_damage(
+  tmp_path, monkeypatch, error, match
+):
+  path = write(tmp_path / 'a.parquet', TEXTS)
+  match = match.format(path)
+  found = files(path)
+  parts = found.parts()
+  real = pq.ParquetFile.iter_batches
+
+  def iter_batches(self, *args, **kwargs):
+    yield next(real(self, *args, **kwargs))
+    raise error
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pq.ParquetFile, 'iter_batches', iter_batches)
+    with pytest.raises(errors.UserError, match=match):
+      read_bad(found)
+
+  def parquet_file(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(pq, 'ParquetFile', parquet_file)
+  with pytest.raises(errors.UserError, match=match):
+    list(parts[0].read(source.Problems(skip=True)))
+  with pytest.raises(errors.UserError, match=match):
+    files(path).parts()

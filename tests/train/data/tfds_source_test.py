@@ -1,8 +1,10 @@
+import errno
 import importlib.util
 import json
 import logging
 import pickle
 import random
+import re
 import shutil
 import sys
 import urllib.request
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import urllib3
+from array_record.python import array_record_module
 from tensorflow_datasets.core.download import downloader
 
 from tests.train.data.sources import digests, read, read_bad
@@ -323,6 +326,135 @@ def test_a_broken_dataset_info(prepared, tmp_path):
   assert '\n' not in str(caught.value)
 
 
+def _copied(prepared, directory):
+  """Returns the source of a copy, and the copy's file."""
+  shutil.copytree(prepared, directory)
+  file = next(directory.glob('*-train.*'))
+  return tfds_source.TfdsSource(str(directory)), file
+
+
+class _Records:
+  """Reads the first records; then fails, the first few times."""
+
+  def __init__(self, records, error, failures):
+    self._records, self._error, self._failures = records, error, failures
+
+  def __getitem__(self, number):
+    return self.__getitems__([number])[0]
+
+  def __getitems__(self, numbers):
+    if max(numbers) >= 200 and self._failures:
+      self._failures.pop()
+      raise self._error
+    return self._records.__getitems__(numbers)
+
+
+def _failing(monkeypatch, error, times):
+  """Makes the reading of some records fail."""
+  real = tfds.core.DatasetBuilder.as_data_source
+  failures = [None] * times
+  monkeypatch.setattr(
+    tfds.core.DatasetBuilder,
+    'as_data_source',
+    lambda *args, **kwargs: _Records(real(*args, **kwargs), error, failures),
+  )
+
+
+MACHINE = [
+  OSError(errno.EMFILE, 'Too many open files'),
+  OSError(errno.EIO, 'Input/output error'),
+  MemoryError(),
+  RuntimeError('pread() failed: Input/output error; reading /a; at byte 7'),
+  RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize('error', MACHINE, ids=str)
+def test_a_failure_of_the_machine_is_no_damage(prepared, monkeypatch, error):
+  texts = tfds_source.TfdsSource(str(prepared))
+  (part,) = texts.parts()
+  match = f'(cannot|memory to) read {prepared}'
+  with monkeypatch.context() as patch:
+    _failing(patch, error, 1)
+    with refused(match):
+      read_bad(texts)
+    _failing(patch, error, 1)
+    with refused(match):
+      part.digest()
+
+  def builder_from_directory(directory):
+    raise error
+
+  monkeypatch.setattr(tfds, 'builder_from_directory', builder_from_directory)
+  with refused(match):
+    list(part.read(source.Problems(skip=True)))
+  with refused(match):
+    part.digest()
+
+
+def test_what_the_reader_cannot_open_is_no_damage(prepared, tmp_path):
+  """The reader's own errors, which all are RuntimeErrors."""
+  texts, file = _copied(prepared, tmp_path / 'a')
+  (part,) = texts.parts()
+  file.unlink()
+  with refused('No such file'):
+    part.digest()
+  file.mkdir()
+  with refused('Is a directory'):
+    list(part.read(source.Problems(skip=True)))
+
+
+RIEGELI = RuntimeError('Corrupted Riegeli/records file: chunk data hash')
+
+
+@pytest.mark.parametrize(('times', 'left'), [(1, 500), (9, 200)])
+def test_a_batch_is_tried_again(prepared, monkeypatch, times, left):
+  whole = read(tfds_source.TfdsSource(str(prepared)))
+  _failing(monkeypatch, RIEGELI, times)
+  found, problems = read_bad(tfds_source.TfdsSource(str(prepared)))
+  assert found == whole[:left]
+  assert problems.counts == ({} if left == 500 else {'truncated': 1})
+
+
+def _record_file(path, records):
+  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+  for record in records:
+    writer.write(record)
+  writer.close()
+
+
+@pytest.mark.parametrize(
+  ('records', 'match'),
+  [
+    ([b'junk'], 'Error parsing message'),
+    # One without the text, one whose text has no value: as bits may flip.
+    ([b'\x0a\x0d\x0a\x0b\x0a\x05lines\x12\x02\x0a\x00'], "it has no 'text'"),
+    ([b'\x0a\x0a\x0a\x08\x0a\x04text\x12\x00'], 'cannot convert'),
+    ([], 'is damaged'),
+  ],
+)
+def test_what_cannot_be_decoded_is_damage(prepared, tmp_path, records, match):
+  texts, file = _copied(prepared, tmp_path / 'a')
+  _record_file(file, records)
+  for _ in range(2):
+    found, problems = read_bad(texts)
+    assert found == []
+    assert problems.counts == {'truncated': 1}
+    assert re.search(match, problems.first[0])
+  assert digests(texts) == digests(texts)
+
+
+def test_no_package_to_decode_is_no_damage(prepared, monkeypatch):
+  def deserialize(self, record):
+    raise ModuleNotFoundError('No module named cv2', name='cv2')
+
+  monkeypatch.setattr(
+    tfds.features.FeaturesDict, 'deserialize_example_np', deserialize
+  )
+  with refused('TFDS needs cv2 to decode .*pip install cv2'):
+    read_bad(tfds_source.TfdsSource(str(prepared)))
+
+
 def test_bad_texts(tmp_path, monkeypatch):
   monkeypatch.setattr(source, 'LARGEST', 50)
   _prepare(SmallTextsBadTexts, tmp_path)
@@ -335,9 +467,7 @@ def test_bad_texts(tmp_path, monkeypatch):
     read(texts)
 
 
-@pytest.mark.parametrize(
-  'tries', [8, pytest.param(60, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('tries', [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_damaged_records(prepared, tmp_path, tries):
   shutil.copytree(prepared, tmp_path / 'a')
   file = next((tmp_path / 'a').glob('*-train.*'))
