@@ -434,6 +434,19 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(
   assert numbers(disk / 'run') == numbers(straight)
 
 
+def test_waiting_for_data_is_part_of_the_time(straight, read_metrics):
+  lines = [
+    line
+    for line in read_metrics(straight)
+    if line.get('split') == 'train' and 'tokens_per_second' in line
+  ]
+  per_step = lines[1]['tokens'] - lines[0]['tokens']
+  for line in lines:
+    assert (
+      0 <= line['data_seconds'] <= 1.01 * (per_step / line['tokens_per_second'])
+    )
+
+
 def test_the_vocabulary_follows_the_tokenizer():
   class Dataset:
     config = DataConfig(layout='random')

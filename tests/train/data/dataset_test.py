@@ -1,8 +1,10 @@
+import errno
 import json
 import logging
 import lzma
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -282,6 +284,61 @@ def test_a_mixture_is_of_its_sources(load, prepared, tmp_path):
   once = data.load(of(f'{other},{two}=3', repeat=False))
   with pytest.raises(errors.UserError, match=r'--data\.repeat true'):
     once.check_steps(10**5)
+
+
+def test_streams_are_mixed_however_they_were_prepared(load, prepared, tmp_path):
+  one = prepared('stream')
+  stats = json.loads((one / 'stats.json').read_text())
+  other = shutil.copytree(one, tmp_path / 'other')
+  (other / 'stats.json').write_text(json.dumps(stats | {'layout': 'random'}))
+  with pytest.raises(errors.UserError, match='mixes random and stream: say'):
+    data.load(of(f'{one},{other}'))
+  mixed = data.load(of(f'{one},{other}', layout='stream'))
+  assert mixed.train(0)[0]['tokens'].shape == (4, 17)
+
+
+def test_a_source_of_a_mixture_may_be_small(load, prepared, tmp_path):
+  one = prepared('stream').rename(tmp_path / 'one')
+  few = prepared('stream', TEXTS[:20], tokenizer=str(one))
+  assert data.load(of(few)).sources[0].stats.windows['train'] < 300
+  with pytest.raises(errors.UserError, match='one batch needs 300'):
+    data.load(of(few, batch_size=300))
+  mixed = data.load(of(f'{one}=99,{few}=1', batch_size=300))
+  assert mixed.train(0)[0]['tokens'].shape == (300, 17)
+
+
+def test_names_of_files_are_no_part_of_what_they_hold(tmp_path, write_corpus):
+  first = pathlib.Path(write_corpus(tmp_path / 'one', TEXTS))
+  second = first.with_name('another.jsonl')
+  hashes = []
+  for path in (first, second):
+    if path != first:
+      first.rename(path)
+    hashes.append(
+      data.load(make_config(path), tmp_path / path.stem).source_hash
+    )
+  assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize('name', ['stats.json', 'features.json', 'records'])
+def test_a_damaged_cache_is_built_anew(load, caplog, name):
+  first = load()
+  directory = first.sources[0].directory
+  path = directory / name
+  if name == 'records':
+    path = next(directory.glob('*.array_record-*'))
+  path.write_bytes(path.read_bytes()[:-9])
+  assert load().source_hash == first.source_hash
+  assert f'building {directory} anew' in caplog.text
+
+
+def test_a_full_disk_names_the_cache(load, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr('train.data.prepare.piece.Columns.append', full)
+  with pytest.raises(errors.UserError, match='set GRADPOWER_CACHE to a dir'):
+    load()
 
 
 @pytest.mark.skipif(
