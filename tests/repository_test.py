@@ -90,18 +90,28 @@ def test_links_lead_somewhere(page):
       assert (page.parent / target).exists(), target
 
 
-def test_every_option_in_the_cli_page_exists():
-  from train import cli
+@pytest.mark.parametrize('page', ['cli.md', 'data.md'])
+def test_every_option_in_a_page_exists(page):
+  from train import cli, prepare_command
 
   parser = cli.Parser()
   cli.add_config_options(parser)
-  known = {text for a in parser._actions for text in a.option_strings}
+  commands = cli.Parser().add_subparsers()
+  prepare_command.add(commands)
+  prepare = commands.choices['prepare']
+  known = {
+    text
+    for each in (parser, prepare)
+    for action in each._actions
+    for text in action.option_strings
+  }
   known |= {'--run-dir', '--stop-at', '--out', '--path.to.field', '--model'}
   known |= {'--prompt', '--tokens', '--temperature', '--top-p', '--step'}
   known |= {'--coordinator', '--processes', '--process', '--mesh'}
   known |= {'--device', '--mfu', '--topology', '--keep', '--guard'}
   known |= {'--tensorboard', '--wandb', '--layer-statistics', '--profile'}
-  page = (ROOT / 'docs' / 'cli.md').read_text()
-  named = set(re.findall(r'--[a-z][\w.-]*[a-z]', page))
+  known |= {'--runner', '--flink_master'}  # Beam's.
+  text = (ROOT / 'docs' / page).read_text()
+  named = set(re.findall(r'--[a-z][\w.-]*[a-z]', text))
   assert named
   assert named <= known

@@ -234,8 +234,8 @@ def test_every_package_that_is_imported_is_looked_for():
   own = {'models', 'train', 'gradpower_optax'}
   names = {*entry._NEEDED, *sum(entry._NEEDED_BY.values(), ())}
   needed = {name.split('.')[0] for name in names}
-  # They come with jax, flax and tokenizers; of extras.
-  others = {'huggingface_hub', 'numpy', 'rich', *OF_EXTRAS}
+  # They come with jax, flax, tokenizers and TFDS; of extras.
+  others = {'google', 'huggingface_hub', 'numpy', 'rich', *OF_EXTRAS}
   assert imported - own - sys.stdlib_module_names - others == needed
   assert not OF_EXTRAS & needed
 

@@ -113,6 +113,7 @@ def test_micro_batches_have_the_same_losses(family, sizes):
   np.testing.assert_allclose(losses, alone(family), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', FIRST)
 def test_a_mesh_of_three_axes_and_micro_batches(family):
   sizes = {'data': 2, 'fsdp': 2, 'expert': 2}

@@ -124,6 +124,7 @@ def test_text_of_a_run(trained, main, capsys):
   assert all(text.endswith('\n') for text in texts)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_shared_expert(tiny, main, capsys, tmp_path):
   """Its matrices have no elements, which a checkpoint has to hold too."""
   how = [
