@@ -130,6 +130,16 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
       raise UserError(message) from error
 
 
+def is_full(error: BaseException) -> bool:
+  """Whether a disk is full, or a quota.
+
+  It is told by its text too: ArrayRecord's writer reports it as a
+  `RuntimeError`.
+  """
+  number = getattr(error, 'errno', None)
+  return number in FULL or os.strerror(errno.ENOSPC) in str(error)
+
+
 def reason(error: Exception, path: epath.PathLike, verb: str = 'write') -> str:
   """What cannot be done to a path and why, in one line without a full stop."""
   number = getattr(error, 'errno', None)

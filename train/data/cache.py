@@ -1,7 +1,6 @@
 """Cache directories that are whole or not there, whoever else is writing."""
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -11,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-from train import errors
+from train import errors, storage
 
 _logger = logging.getLogger('train.data')
 _CLONE = pathlib.Path(__file__).resolve().parents[2]
@@ -28,9 +27,6 @@ def default_directory() -> pathlib.Path:
 def one_line_errors(directory: pathlib.Path) -> Iterator[None]:
   """Turns failures to write under `directory` into a `UserError`.
 
-  A full disk is told by its text too: ArrayRecord's writer reports it as a
-  `RuntimeError`.
-
   Raises:
     UserError: no space left, or no permission to write.
   """
@@ -38,8 +34,7 @@ def one_line_errors(directory: pathlib.Path) -> Iterator[None]:
     yield
   except (OSError, RuntimeError) as error:
     number = getattr(error, 'errno', None)
-    full = os.strerror(errno.ENOSPC) in str(error)
-    if full or number in (errno.ENOSPC, errno.EDQUOT):
+    if storage.is_full(error):
       raise errors.UserError(
         f'no space left to write the data cache in {directory}: free some, or'
         ' set GRADPOWER_CACHE to a directory on a larger disk'

@@ -1,7 +1,7 @@
 """The data of a run: from a `DataConfig` to batches of tokens."""
 
 import dataclasses
-import errno
+import functools
 import hashlib
 import json
 import logging
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 
 from train import config as config_lib
-from train import errors
+from train import errors, storage
 from train.data import (
   cache,
   corpora,
@@ -80,7 +80,7 @@ class Dataset:
       seed: any integer from 0.
     """
     return loader.Batches(
-      self._windows('train'),
+      self._train_windows,
       self.config.batch_size,
       seed,
       [(stage.first_step, stage.weights) for stage in self.stages],
@@ -116,6 +116,11 @@ class Dataset:
       self.config.batch_size,
       self.config.validation_tokens,
     )
+
+  @functools.cached_property
+  def _train_windows(self) -> list[prepared.Windows]:
+    """Opened once: of a large corpus that takes a look at every file."""
+    return self._windows('train')
 
   def _windows(self, split: str) -> list[prepared.Windows]:
     windows = [place.windows(split) for place in self.sources]
@@ -190,7 +195,7 @@ def _from_text(
   if config.tokenizer:
     vocabulary = tokenizer.open_tokenizer(config.tokenizer, '--data.tokenizer')
   request = source.Request(
-    layout=_stored(config.layout),
+    layout=layouts.stored(config.layout or 'stream'),
     sequence_length=config.sequence_length,
     validation_fraction=config.validation_fraction,
     skip_bad=config.skip_bad,
@@ -216,7 +221,7 @@ def _from_text(
       )
     except errors.UserError as error:
       cause = error.__cause__
-      if cause and os.strerror(errno.ENOSPC) in str(cause):
+      if cause and storage.is_full(cause):
         raise cause from None  # The cache says what helps there.
       raise
 
@@ -230,11 +235,6 @@ def _from_text(
     return prepared.Prepared(cache.build_once(target, build))
 
 
-def _stored(layout: str) -> str:
-  """The layout whose files serve this one."""
-  return 'stream' if layout in ('', *layouts.CONTIGUOUS) else layout
-
-
 def _resolved(
   config: config_lib.DataConfig, found: prepared.Prepared
 ) -> config_lib.DataConfig:
@@ -245,7 +245,7 @@ def _resolved(
   if there.sequence_length != config.sequence_length:
     give.append(f'--data.sequence_length {there.sequence_length}')
     prepare_with.append(f'--seq {config.sequence_length}')
-  if _stored(layout) != _stored(there.layout):
+  if layouts.stored(layout) != layouts.stored(there.layout):
     give.append(f'--data.layout {there.layout}')
     prepare_with.append(f'--layout {layout}')
   if give:

@@ -19,6 +19,16 @@ _MOST_SEGMENTS = 2**16 - 1
 Arrays = Mapping[str, np.ndarray]
 
 
+def stored(layout: str) -> str:
+  """Returns the layout as which its files are kept: a stream's serve two."""
+  return 'stream' if layout in CONTIGUOUS else layout
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Returns what tokens of a vocabulary, padding included, are stored as."""
+  return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
 def features(
   layout: str, sequence_length: int, dtype: np.dtype
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -339,22 +339,3 @@ def summary(validation: int, parts: Iterable[Matches]) -> dict[str, Any]:
     'train_documents': train_documents,
     'examples': examples[:EXAMPLES],
   }
-
-
-def count(validation: Sketches, parts: Iterable[Sketches]) -> dict[str, Any]:
-  """Counts near-duplicates across the splits, in this process.
-
-  `Index.matches` of a part can as well be had in another process, and all of
-  them be given to `summary`.
-
-  Args:
-    validation: of the held-out documents.
-    parts: of the documents of each part of the training split.
-
-  Returns:
-    As `summary`.
-  """
-  index = Index(validation)
-  return summary(
-    len(validation.counts), (index.matches(part) for part in parts)
-  )

@@ -174,9 +174,10 @@ class Prepared:
       }
     except Exception as error:  # Of JSON, of protobuf, of TFDS: many kinds.
       raise self._damaged(name, error) from error
-    token = np.uint16 if self.stats.padded_vocab_size <= 2**16 else np.uint32
     wanted = layouts.features(
-      self.stats.layout, self.stats.sequence_length, np.dtype(token)
+      self.stats.layout,
+      self.stats.sequence_length,
+      layouts.token_dtype(self.stats.padded_vocab_size),
     )
     files = sorted(path.name for _, paths in counts.values() for path in paths)
     if (
@@ -309,7 +310,7 @@ def open_all(
   for other in opened[1:]:
     for name, facts in (
       ('sequence length', [p.stats.sequence_length for p in (first, other)]),
-      ('layout', [_stored(p.stats.layout) for p in (first, other)]),
+      ('layout', [layouts.stored(p.stats.layout) for p in (first, other)]),
       ('tokenizer', [p.stats.tokenizer_hash for p in (first, other)]),
     ):
       if facts[0] != facts[1]:
@@ -320,11 +321,6 @@ def open_all(
           ' other'
         )
   return opened
-
-
-def _stored(layout: str) -> str:
-  """What its files are: those of a stream can be read in two ways."""
-  return 'stream' if layout in layouts.CONTIGUOUS else layout
 
 
 def _allow_open_files(count: int) -> None:

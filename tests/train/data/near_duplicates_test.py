@@ -23,6 +23,14 @@ def sketches(documents):
   return near_duplicates.sketch(tokens, lengths)
 
 
+def count(validation, parts):
+  """All in this process; `prepare` looks the parts up in several."""
+  index = near_duplicates.Index(validation)
+  return near_duplicates.summary(
+    len(validation.counts), (index.matches(part) for part in parts)
+  )
+
+
 def shingles(document):
   size = near_duplicates.SHINGLE
   document = list(document)
@@ -211,7 +219,7 @@ def test_short_documents_are_compared_exactly(lengths, edits, seed):
 
 def test_documents_below_a_shingle_are_one_shingle():
   held_out = [[7], [7, 8], [1, 2, 3, 4], []]
-  found = near_duplicates.count(
+  found = count(
     sketches(held_out), [sketches([[8, 7], [], [1, 2, 3]]), sketches([[7, 8]])]
   )
   assert found['validation_documents'] == found['train_documents'] == 1
@@ -244,9 +252,7 @@ def test_copies_are_counted_wherever_they_are(copies, cuts, block, seed):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(near_duplicates, '_BLOCK_DOCUMENTS', block)
     patch.setattr(near_duplicates, '_BLOCK_PAIRS', block)
-    found = near_duplicates.count(
-      sketches(held_out), [sketches(part) for part in parts]
-    )
+    found = count(sketches(held_out), [sketches(part) for part in parts])
   assert found['train_documents'] == sum(copies)
   assert found['validation_documents'] == sum(number > 0 for number in copies)
   assert len(found['examples']) == min(5, sum(copies))
@@ -288,7 +294,7 @@ def test_documents_that_have_nothing_in_common_are_not_compared():
 @pytest.mark.parametrize('held_out', [[], [[]], [[1] * 9]])
 @pytest.mark.parametrize('train', [[], [[]], [[2] * 9]])
 def test_nothing_alike(held_out, train):
-  found = near_duplicates.count(sketches(held_out), [sketches(train)])
+  found = count(sketches(held_out), [sketches(train)])
   assert found == {
     'shingle': 5,
     'threshold': 0.8,
@@ -308,5 +314,5 @@ def test_copies_of_a_text_are_never_on_both_sides(texts, fraction):
   for text in texts:
     held_out = split.is_held_out(split.text_hash(text), fraction)
     sides[held_out].append(list(text.encode()))
-  found = near_duplicates.count(sketches(sides[True]), [sketches(sides[False])])
+  found = count(sketches(sides[True]), [sketches(sides[False])])
   assert found['validation_documents'] == found['train_documents'] == 0

@@ -1,7 +1,6 @@
 """Files and directories that are there whole, durably, or not at all."""
 
 import contextlib
-import errno
 import os
 import pathlib
 import shutil
@@ -16,9 +15,6 @@ _TEMPORARY = '.tmp'
 def writing(directory: pathlib.Path) -> Iterator[None]:
   """Turns failures to write below `directory` into a `UserError`.
 
-  A full disk is told by its text too: ArrayRecord's writer reports it as a
-  `RuntimeError`.
-
   Raises:
     UserError: no space left, or no permission to write.
   """
@@ -26,7 +22,7 @@ def writing(directory: pathlib.Path) -> Iterator[None]:
     yield
   except (OSError, RuntimeError) as error:
     number = getattr(error, 'errno', None)
-    if number in storage.FULL or os.strerror(errno.ENOSPC) in str(error):
+    if storage.is_full(error):
       raise errors.UserError(
         f'no space left to write {directory}: free some and give the same'
         ' command again; it goes on from here'

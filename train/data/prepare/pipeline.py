@@ -114,7 +114,7 @@ def _prepare(
   work = out / directory.WORK
   tokenizer, tasks = _tokenize(source, tokenizer, request, work, runner, shown)
   pieces = [work / task.name for task in tasks]
-  dtype = plan.token_dtype(tokenizer)
+  dtype = layouts.token_dtype(tokenizer.padded_vocab_size)
 
   shown.end()
   validation = held_out.LayOut(
@@ -209,7 +209,7 @@ def _tokenize(
     for i, part in enumerate(source.parts())
   ]
   shown.begin('tokens', sum(task.size for task in tasks))
-  dtype = plan.token_dtype(tokenizer)
+  dtype = layouts.token_dtype(tokenizer.padded_vocab_size)
   runner.run(
     tokenize_part.TokenizePart(tokenizer, request, dtype, work), tasks, shown
   )

@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from train import errors, storage
 from train.data import source as source_lib
 from train.data import stats as stats_lib
@@ -192,12 +190,6 @@ def shards(split: str, rows: int, record_size: int) -> list[Shard]:
     Shard(split, i, count, start, stop, (stop - start) * record_size)
     for i, (start, stop) in enumerate(itertools.pairwise(bounds))
   ]
-
-
-def token_dtype(tokenizer: tokenizer_lib.Tokenizer) -> np.dtype:
-  """Returns what tokens are stored as."""
-  wide = tokenizer.padded_vocab_size > 2**16
-  return np.dtype(np.uint32 if wide else np.uint16)
 
 
 def source_hash(digests: Sequence[str]) -> str:
