@@ -1,5 +1,6 @@
 """GradPower for optax: the elementwise gradient power, before any optimizer."""
 
+from gradpower_optax.muon import muon
 from gradpower_optax.optimizers import (
   adagrad_power,
   adam_power,
@@ -16,6 +17,7 @@ __all__ = (
   'adam_power',
   'adamw_power',
   'lion_power',
+  'muon',
   'muon_power',
   'sign_power',
 )

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import jax
 import optax
-import optax.contrib
 
+from gradpower_optax.muon import muon
 from gradpower_optax.sign_power import PowerOrSchedule, sign_power
 
 ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
@@ -241,19 +241,20 @@ def muon_power(
 ) -> optax.GradientTransformationExtraArgs:
   """Muon behind the gradient power: the paper's MuonPower.
 
-  The power comes before momentum and orthogonalization, and also before the
-  Adam that takes the parameters which are not matrices. Muon discards only
-  the scale of its momentum, so the power reweights elements within a matrix;
-  the p that suits Adam need not suit Muon.
+  Its Muon is :func:`gradpower_optax.muon`, for sharded parameters. The power
+  comes before momentum and orthogonalization, and also before the Adam that
+  takes the parameters which are not matrices. Muon discards only the scale of
+  its momentum, so the power reweights elements within a matrix; the p that
+  suits Adam need not suit Muon.
 
   Args:
-    learning_rate: As in :func:`optax.contrib.muon`.
-    *args: As in :func:`optax.contrib.muon` of the installed optax.
+    learning_rate: As in :func:`gradpower_optax.muon`.
+    *args: As in :func:`gradpower_optax.muon`.
     p: The power, as in :func:`gradpower_optax.sign_power`.
     power_eps: The ``eps`` of :func:`gradpower_optax.sign_power`.
     clip_norm: Global norm to clip gradients at before the power; None for no
       clipping.
-    **kwargs: As in :func:`optax.contrib.muon` of the installed optax.
+    **kwargs: As in :func:`gradpower_optax.muon`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -271,16 +272,16 @@ def muon_power(
     Wang et al, `GradPower: Powering Gradients for Faster Language Model
     Pre-Training <https://arxiv.org/abs/2505.24275>`_, 2025
   """
-  base = optax.contrib.muon(learning_rate, *args, **kwargs)
+  base = muon(learning_rate, *args, **kwargs)
   return _chain(base, p, power_eps, clip_norm)
 
 
 def _named_arguments() -> inspect.Signature:
   """muon_power's arguments by name, for inject_hyperparams and for help()."""
   own = inspect.signature(muon_power)
-  muon = inspect.signature(optax.contrib.muon).parameters.values()
+  of_muon = inspect.signature(muon).parameters.values()
   by_name = [own.parameters[name] for name in ('p', 'power_eps', 'clip_norm')]
-  return own.replace(parameters=[*muon, *by_name])
+  return own.replace(parameters=[*of_muon, *by_name])
 
 
 muon_power.__signature__ = _named_arguments()  # type: ignore[attr-defined]

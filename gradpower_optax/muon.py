@@ -1,0 +1,304 @@
+"""Muon for sharded parameters, with optax's signature and state."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax.sharding import AxisType, NamedSharding
+from optax.contrib import MuonDimensionNumbers, MuonState
+
+from gradpower_optax.orthogonalize import Method, orthogonalize
+
+Scalar: TypeAlias = jax.typing.ArrayLike
+Coefficients: TypeAlias = tuple[Scalar, Scalar, Scalar]
+ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
+# Trees of MuonDimensionNumbers, or of NamedSharding, or functions to them.
+DimensionNumbers: TypeAlias = Any | Callable[[optax.Params], Any]
+Shardings: TypeAlias = Any | Callable[[optax.Params], Any]
+Preconditioning: TypeAlias = Literal['frobenius', 'spectral', 'aol', 'schatten']
+
+_STANDARD = (3.4445, -4.7750, 2.0315)
+_PRESETS = {
+  'standard': _STANDARD,
+  # Of Ahn et al, Dion, https://arxiv.org/abs/2504.05295, 2025.
+  'dion': (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+  ),
+}
+
+
+def muon(
+  learning_rate: ScalarOrSchedule,
+  ns_coeffs: Coefficients | tuple[Coefficients, ...] | str = _STANDARD,
+  ns_steps: Scalar = 5,
+  beta: Scalar = 0.95,
+  eps: Scalar = 1e-8,
+  weight_decay: Scalar = 0.0,
+  weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+  mu_dtype: Any | None = None,
+  *,
+  nesterov: bool = True,
+  adaptive: bool = False,
+  preconditioning: Preconditioning = 'frobenius',
+  adam_b1: Scalar = 0.9,
+  adam_b2: Scalar = 0.999,
+  adam_eps_root: Scalar = 0.0,
+  adam_weight_decay: Scalar = 0.0,
+  adam_learning_rate: ScalarOrSchedule | None = None,
+  muon_weight_dimension_numbers: DimensionNumbers | None = None,
+  consistent_rms: Scalar | None = None,
+  param_shardings: Shardings | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Muon whose matrices travel at most twice, however they are sharded.
+
+  Signature, state and, on one device, updates are those of
+  :func:`optax.contrib.muon`, so that either goes on from the other's
+  checkpoint. On a mesh of devices :func:`optax.contrib.muon` gathers a sharded
+  matrix in every product of its orthogonalization, or raises an error on a
+  mesh of Explicit axes. Here matrices of one shape, sharded alike, are stacked
+  and exchanged by one all-to-all, so that each device orthogonalizes its share
+  of them whole, and by another one back.
+
+  Args:
+    learning_rate: As in :func:`optax.contrib.muon`; all others too, but for
+      the last.
+    ns_coeffs: Of the Newton-Schulz iterations: three, or three for each, or
+      the name of a preset, 'standard' or 'dion'.
+    ns_steps: Newton-Schulz iterations.
+    beta: Decay of the momentum.
+    eps: Added to norms that are divided by, and Adam's.
+    weight_decay: Decoupled, times the learning rate, of Muon's parameters.
+    weight_decay_mask: Which of them decay.
+    mu_dtype: Of the first moments.
+    nesterov: Whether momentum is Nesterov's.
+    adaptive: Whether updates are scaled by the dual norm of momentum.
+    preconditioning: What comes before the iterations.
+    adam_b1: Adam's, for parameters that are no matrices.
+    adam_b2: Likewise.
+    adam_eps_root: Likewise.
+    adam_weight_decay: Likewise.
+    adam_learning_rate: Likewise; None for that of the matrices.
+    muon_weight_dimension_numbers: Which dimensions of a parameter are a
+      matrix's, :class:`optax.contrib.MuonDimensionNumbers`, those left over
+      being a stack's, or None for a parameter that Adam takes: a tree with the
+      structure of the parameters, a prefix of one, or a function from
+      parameters to one. None takes each parameter of rank 2 as a matrix, as
+      optax does: name the axes where layers are stacked, or where an embedding
+      is to be Adam's.
+    consistent_rms: Scales updates by ``sqrt(max(fan_in, fan_out))`` times
+      this, 0.2 to have Adam's size; None for ``sqrt(max(1, fan_out /
+      fan_in))``.
+    param_shardings: Where parameters lie: a tree of
+      :class:`jax.sharding.NamedSharding` with their structure, a prefix of
+      one, or a function from parameters to one. Needed under :func:`jax.jit`
+      on a mesh of Auto axes, whose arrays do not tell: left out there, the
+      program is optax's. On Explicit axes, and outside of jit, None reads it
+      off the arrays.
+
+  Returns:
+    The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: ns_coeffs names no preset, or has not the shape of one; from
+      ``update``, a parameter has not the dimensions named, or parameters lie
+      on several meshes.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax.contrib import MuonDimensionNumbers
+    >>> from gradpower_optax import muon
+    >>> params = {'layers': jnp.ones((2, 4, 3)), 'bias': jnp.zeros(3)}
+    >>> tx = muon(0.02, muon_weight_dimension_numbers={
+    ...   'layers': MuonDimensionNumbers(1, 2), 'bias': None,
+    ... })
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> print({name: update.shape for name, update in updates.items()})
+    {'bias': (3,), 'layers': (2, 4, 3)}
+
+  References:
+    Jordan, `Muon: an optimizer for hidden layers in neural networks
+    <https://kellerjordan.github.io/posts/muon/>`_, 2024
+
+    Liu et al, `Muon is Scalable for LLM Training
+    <https://arxiv.org/abs/2502.16982>`_, 2025
+  """
+  if isinstance(ns_coeffs, str):
+    if ns_coeffs not in _PRESETS:
+      raise ValueError(
+        f'muon: ns_coeffs is {ns_coeffs!r}, not one of'
+        f' {", ".join(map(repr, _PRESETS))}'
+      )
+    ns_coeffs = _PRESETS[ns_coeffs]  # type: ignore[assignment]
+
+  def labels(params):
+    numbers = _dimension_numbers(muon_weight_dimension_numbers, params)
+    kinds = ['adam' if n is None else 'muon' for n in numbers]
+    return jax.tree.unflatten(jax.tree.structure(params), kinds)
+
+  of_matrices = optax.chain(
+    scale_by_muon(
+      ns_coeffs,  # type: ignore[arg-type]
+      ns_steps,
+      beta,
+      eps,
+      mu_dtype,
+      nesterov=nesterov,
+      adaptive=adaptive,
+      preconditioning=preconditioning,
+      weight_dimension_numbers=muon_weight_dimension_numbers,
+      param_shardings=param_shardings,
+    ),
+    _scale_by_shape(muon_weight_dimension_numbers, consistent_rms),
+    optax.add_decayed_weights(weight_decay, weight_decay_mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  of_others = optax.adamw(
+    learning_rate if adam_learning_rate is None else adam_learning_rate,
+    b1=adam_b1,
+    b2=adam_b2,
+    eps=eps,
+    eps_root=adam_eps_root,
+    mu_dtype=mu_dtype,
+    weight_decay=adam_weight_decay,
+    nesterov=nesterov,
+  )
+  return optax.partition({'muon': of_matrices, 'adam': of_others}, labels)
+
+
+def scale_by_muon(
+  ns_coeffs: Coefficients | tuple[Coefficients, ...] = _STANDARD,
+  ns_steps: Scalar = 5,
+  beta: Scalar = 0.95,
+  eps: Scalar = 1e-8,
+  mu_dtype: Any | None = None,
+  *,
+  nesterov: bool = True,
+  adaptive: bool = False,
+  preconditioning: Preconditioning = 'frobenius',
+  weight_dimension_numbers: DimensionNumbers | None = None,
+  param_shardings: Shardings | None = None,
+) -> optax.GradientTransformation:
+  """Replaces gradients by their orthogonalized momentum; see :func:`muon`.
+
+  Args:
+    ns_coeffs: As in :func:`muon`, without presets.
+    ns_steps: As in :func:`muon`.
+    beta: As in :func:`muon`.
+    eps: As in :func:`muon`.
+    mu_dtype: As in :func:`muon`.
+    nesterov: As in :func:`muon`.
+    adaptive: As in :func:`muon`.
+    preconditioning: As in :func:`muon`.
+    weight_dimension_numbers: As in :func:`muon`, of matrices alone.
+    param_shardings: As in :func:`muon`.
+
+  Returns:
+    A :class:`optax.GradientTransformation` with the state of
+    :func:`optax.contrib.scale_by_muon`.
+  """
+  init_fn = optax.contrib.scale_by_muon(
+    ns_coeffs, ns_steps, beta, eps, mu_dtype
+  ).init
+
+  def update_fn(updates, state, params=None):
+    del params
+    mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+    count = optax.safe_increment(state.count)
+    if nesterov:
+      momentum = jax.tree.map(
+        lambda m, g: beta * m + (1 - beta) * g,
+        optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
+        optax.tree.bias_correction(updates, beta, count),
+      )
+    else:
+      momentum = optax.tree.bias_correction(mu, beta, count)
+    leaves, structure = jax.tree.flatten(momentum)
+    done = orthogonalize(
+      leaves,
+      _dimension_numbers(weight_dimension_numbers, updates),
+      _shardings(param_shardings, updates, leaves),
+      state.ns_coeffs,
+      eps,
+      Method(ns_steps, preconditioning),
+    )
+    if adaptive:
+      done = [
+        jnp.sum(x.conj() * y) * y for x, y in zip(leaves, done, strict=True)
+      ]
+    mu = optax.tree.cast(mu, mu_dtype)
+    state = MuonState(count=count, mu=mu, ns_coeffs=state.ns_coeffs)
+    return jax.tree.unflatten(structure, done), state
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _scale_by_shape(dimension_numbers, consistent_rms):
+  """Scales each update by its matrices' shape, by one of two rules."""
+
+  def factor(x, numbers):
+    fan_in, fan_out = (
+      math.prod(x.shape[dim] for dim in ((of,) if isinstance(of, int) else of))
+      for of in numbers
+    )
+    if consistent_rms is None:
+      return math.sqrt(max(1.0, fan_out / fan_in))
+    return math.sqrt(max(fan_in, fan_out)) * consistent_rms
+
+  def update_fn(updates, state, params=None):
+    del params
+    leaves, structure = jax.tree.flatten(updates)
+    numbers = _dimension_numbers(dimension_numbers, updates)
+    scaled = [factor(x, n) * x for x, n in zip(leaves, numbers, strict=True)]
+    return jax.tree.unflatten(structure, scaled), state
+
+  return optax.GradientTransformation(
+    lambda params: optax.EmptyState(), update_fn
+  )
+
+
+def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
+  """One for each leaf; None where Adam takes it."""
+  if given is None:
+    return [
+      MuonDimensionNumbers() if x.ndim == 2 else None
+      for x in jax.tree.leaves(tree)
+    ]
+  return _by_leaf(given, tree, MuonDimensionNumbers)
+
+
+def _shardings(given, tree, leaves) -> list[NamedSharding | None]:
+  """Where each leaf lies, as far as it is known."""
+  if given is None:
+    return [_known_sharding(x) for x in leaves]
+  return _by_leaf(given, tree, NamedSharding)
+
+
+def _by_leaf(given, tree, kind: type) -> list[Any]:
+  """A tree of a kind, or a function to one, or its prefix, as one a leaf."""
+  given = given(tree) if callable(given) else given
+  found: list[Any] = []
+  jax.tree.map(
+    lambda value, part: found.extend([value] * len(jax.tree.leaves(part))),
+    given,
+    tree,
+    is_leaf=lambda x: x is None or isinstance(x, kind),
+  )
+  return found
+
+
+def _known_sharding(x) -> NamedSharding | None:
+  """Of an array on Explicit axes from its type, outside of jit from itself."""
+  of_type = jax.typeof(x).sharding
+  if AxisType.Explicit in of_type.mesh.axis_types:
+    return of_type
+  if isinstance(x, jax.core.Tracer):
+    return None
+  return x.sharding if isinstance(x.sharding, NamedSharding) else None
