@@ -283,6 +283,8 @@ def _shardings(given, tree, leaves) -> list[NamedSharding | None]:
 
 def _by_leaf(given, tree, kind: type) -> list[Any]:
   """A tree of a kind, or a function to one, or its prefix, as one a leaf."""
+  if not jax.tree.leaves(tree):
+    return []  # Such as the placeholder that optax.tree.map_params inits with.
   given = given(tree) if callable(given) else given
   found: list[Any] = []
   jax.tree.map(

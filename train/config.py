@@ -17,6 +17,8 @@ from train.data import corpora, layouts
 _MIN_VOCAB_SIZE = 257
 _MAX_VOCAB_SIZE = 2**24
 _LARGEST_FLOAT32 = 3.4e38
+_OPTIMIZERS = ('adamw', 'muon')
+_MU_DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Clip, power, AdamW, in this order; the defaults are the paper's."""
+  """Clip, power, optimizer, in this order; the defaults are the paper's."""
 
+  name: str = 'adamw'
+  """'adamw', or 'muon': matrices by Muon as in Moonlight, the rest by AdamW."""
   power: float = 1.0
-  """p of the gradient power; 1.0 is plain AdamW, to the bit."""
+  """p of the gradient power; 1.0 is the plain optimizer, to the bit."""
   power_eps: float = 0.0
   """Added to |g| before the power; the authors' code has 1e-8."""
   learning_rate: float = 1e-3
@@ -124,6 +128,10 @@ class OptimizerConfig:
   """Decoupled: times the learning rate, on every parameter."""
   clip_norm: float = 1.0
   """Global norm to clip gradients at, before the power; 0 for none."""
+  mu_dtype: str = 'float32'
+  """In which first moments are kept: 'float32' or 'bfloat16'."""
+  per_head: bool = False
+  """Whether Muon takes each attention head as a matrix by itself."""
 
   def __post_init__(self):
     """Checks the range of each field.
@@ -131,6 +139,12 @@ class OptimizerConfig:
     Raises:
       UserError: naming the option that is out of range.
     """
+    for name, choices in (('name', _OPTIMIZERS), ('mu_dtype', _MU_DTYPES)):
+      if getattr(self, name) not in choices:
+        raise errors.UserError(
+          f'--optimizer.{name} must be {" or ".join(map(repr, choices))}, not '
+          f'{getattr(self, name)!r}'
+        )
     _require(self, 'power', lambda v: 0 < v < 1e6, 'positive and below 1e6')
     for name in ('learning_rate', 'eps'):
       _require(self, name, lambda v: v > 0, 'positive')
@@ -312,13 +326,21 @@ def from_dict(values: dict[str, Any]) -> Config:
   """
   try:
     model = dict(values['model'])
-    # Older versions had fewer, and did what their defaults say.
-    data = dataclasses.asdict(DataConfig()) | values['data']
-    values = values | {'data': data}
+    values = with_defaults(values)
     kind = families.CONFIGS[model.pop('family')]
     return _build(Config, values | {'model': _build(kind, model)})
   except (KeyError, TypeError, AttributeError, errors.UserError) as error:
     raise ValueError(f'not the configuration of a run: {error!r}') from error
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+  """What an older version wrote, which did what today's defaults say."""
+  kinds = {'data': DataConfig, 'optimizer': OptimizerConfig}
+  return values | {
+    key: dataclasses.asdict(kind()) | values[key]
+    for key, kind in kinds.items()
+    if isinstance(values.get(key), dict)
+  }
 
 
 def _plain(value: Any) -> Any:

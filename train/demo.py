@@ -1,4 +1,4 @@
-"""The demo: AdamW against AdamW behind the gradient power, on real text."""
+"""The demo: an optimizer against the same behind the power, on real text."""
 
 import dataclasses
 import json
@@ -13,12 +13,17 @@ from train.report import write_report
 from train.run_dir import plain
 from train.storage import one_line_errors, write_atomically
 
-ARMS = ('adamw', 'adamw_power')
+TITLES = {'adamw': 'AdamW', 'muon': 'Muon'}
 WARNING = (
   'One seed at this size proves nothing: another seed can move the final loss '
   'by as much as the power does. This page shows that both runs work, not '
   'which optimizer is better.'
 )
+
+
+def arms(config: Config) -> tuple[str, str]:
+  """The names of both: the baseline's, and with the power."""
+  return config.optimizer.name, f'{config.optimizer.name}_power'
 
 
 def run(config: Config, directory: epath.Path) -> loop.Result | None:
@@ -45,7 +50,7 @@ def run(config: Config, directory: epath.Path) -> loop.Result | None:
     )
   without = dataclasses.replace(config.optimizer, power=1.0)
   configs = dict(
-    zip(ARMS, (dataclasses.replace(config, optimizer=without), config),
+    zip(arms(config), (dataclasses.replace(config, optimizer=without), config),
         strict=True)
   )  # fmt: skip
   results = {}
@@ -67,12 +72,13 @@ def _present(
 ) -> None:
   _write_results(directory, results)
   power = f'{config.optimizer.power:g}'
+  title = TITLES[config.optimizer.name]
   write_report(
     directory / 'report.html',
-    {name: directory / name for name in ARMS},
-    title=f'AdamW against AdamW behind sign_power({power})',
+    {name: directory / name for name in results},
+    title=f'{title} against {title} behind sign_power({power})',
     notes=[WARNING],
-    baseline=ARMS[0],
+    baseline=arms(config)[0],
   )
   cli.say(_table(directory, results))
 
@@ -97,7 +103,7 @@ def _write_results(
 
 def _difference(results: dict[str, loop.Result]) -> float:
   """Powered minus plain, in nats a token: negative where the power helps."""
-  without, powered = (results[name].validation_loss for name in ARMS)
+  without, powered = (arm.validation_loss for arm in results.values())
   return powered - without
 
 

@@ -1,4 +1,4 @@
-"""A config as an optax chain, in the documented order: clip, power, AdamW.
+"""A config as an optax chain, in the documented order: clip, power, optimizer.
 
 `docs/order.md` has the reasons for the order and the measurements.
 """
@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
+from optax.contrib import MuonDimensionNumbers
 
-from gradpower_optax import sign_power
+from gradpower_optax import muon, sign_power
+from models import sharding
+from models.matrices import Matrix, matrices
 from train.config import Config, OptimizerConfig
 
 
@@ -59,7 +64,9 @@ class Optimizer(NamedTuple):
   """Gradients to what the base optimizer takes: clipped, then powered."""
 
 
-def make_optimizer(config: Config) -> Optimizer:
+def make_optimizer(
+  config: Config, model: nnx.Module | None = None, mesh: Mesh | None = None
+) -> Optimizer:
   """Returns the chain; its gradients are means over the global batch.
 
   State and updates are those of `optax.chain`; `_clip_and_power` has what
@@ -67,34 +74,72 @@ def make_optimizer(config: Config) -> Optimizer:
   for a CPU without a clip. They are nan or inf where a gradient is. The last is
   also 0 or inf where |g|^(2 power) leaves the range of float32, as AdamW's
   second moment does.
+
+  Args:
+    config: The run.
+    model: Abstract, of whose parameters Muon takes the matrices; AdamW need not
+      know it.
+    mesh: Where the parameters lie, if on several devices.
   """
   c = config.optimizer
   clip = (optax.clip_by_global_norm(c.clip_norm),) if c.clip_norm else ()
-  adamw = optax.adamw(
-    schedule(c, config.steps),
-    b1=c.b1,
-    b2=c.b2,
-    eps=c.eps,
-    weight_decay=c.weight_decay,
-  )
-  chain = optax.chain(*clip, sign_power(c.power, eps=c.power_eps), adamw)
+  base = _base(config, model, mesh)
+  chain = optax.chain(*clip, sign_power(c.power, eps=c.power_eps), base)
 
   def update(grads, state, params):
     norm = optax.tree.norm(grads)
-    into_adamw, powered_norm = _clip_and_power(c, grads, norm)
-    *others, of_adamw = state
-    updates, of_adamw = adamw.update(into_adamw, of_adamw, params)
+    into_base, powered_norm = _clip_and_power(c, grads, norm)
+    *others, of_base = state
+    updates, of_base = base.update(into_base, of_base, params)
     norms = {
       'grad_norm': norm,
       'clipped_norm': _clip(c, norm, norm),
       'powered_norm': powered_norm,
     }
-    return updates, (*others, of_adamw), norms
+    return updates, (*others, of_base), norms
 
   def powered(grads):
     return _clip_and_power(c, grads, optax.tree.norm(grads))[0]
 
   return Optimizer(chain.init, update, powered)
+
+
+def _base(
+  config: Config, model: nnx.Module | None, mesh: Mesh | None
+) -> optax.GradientTransformation:
+  """What takes the powered gradients."""
+  c = config.optimizer
+  rate = schedule(c, config.steps)
+  if c.name == 'adamw':
+    return optax.adamw(
+      rate,
+      b1=c.b1,
+      b2=c.b2,
+      eps=c.eps,
+      mu_dtype=c.mu_dtype,
+      weight_decay=c.weight_decay,
+    )
+  if model is None:
+    raise ValueError('muon needs the model: which parameters are matrices')
+  # As in Liu et al, arXiv 2502.16982, and the authors' script: one learning
+  # rate and decay for all, matrices' updates scaled to the size of AdamW's.
+  return muon(
+    rate,
+    beta=0.95,
+    eps=c.eps,
+    weight_decay=c.weight_decay,
+    mu_dtype=c.mu_dtype,
+    adam_b1=c.b1,
+    adam_b2=c.b2,
+    adam_weight_decay=c.weight_decay,
+    muon_weight_dimension_numbers=jax.tree.map(
+      lambda matrix: matrix and MuonDimensionNumbers(*matrix),
+      matrices(model, per_head=c.per_head),
+      is_leaf=lambda x: x is None or isinstance(x, Matrix),
+    ),
+    consistent_rms=0.2,
+    param_shardings=mesh and sharding.param_shardings(model, mesh),
+  )
 
 
 def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from train.config import with_defaults
 from train.errors import UserError
 
 _PACKAGES = (
@@ -58,6 +59,7 @@ def check_same(
     facts = json.loads((path / 'run.json').read_text())
     if not (isinstance(found, dict) and isinstance(facts, dict)):
       raise ValueError('config.json or run.json is not a JSON object')
+    found = with_defaults(found)
   except (OSError, ValueError) as error:
     raise UserError(
       f'{path} holds a damaged run ({error}): name another --run-dir'

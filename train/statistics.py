@@ -37,7 +37,8 @@ def program(config: Config, mesh: Mesh) -> Any:
     gradient before clipping, of the powered gradient as the base optimizer
     takes it, of the update with its learning rate.
   """
-  optimizer = make_optimizer(config)
+  model = step_lib.abstract_model(config, mesh)
+  optimizer = make_optimizer(config, model, mesh)
   _, graph = step_lib.init(config, optimizer, mesh)
 
   def statistics(state, batch):

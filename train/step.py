@@ -92,18 +92,19 @@ def programs(
     UserError: the mesh does not fit the config; before anything is compiled.
   """
   check(config, mesh)
-  optimizer = make_optimizer(config)
+  model = abstract_model(config, mesh)
+  optimizer = make_optimizer(config, model, mesh)
   make_state, graph = init(config, optimizer, mesh)
   shapes = jax.eval_shape(make_state)
   whole = replicated(mesh)
-  model = nnx.merge(graph, shapes.params)
   of_params = sharding.param_shardings(model, mesh)
   of_opt_state = optax.tree.map_params(
     optimizer,
-    lambda _, place: place,
+    lambda x, place: x if isinstance(x, optax.MaskedNode) else place,
     shapes.opt_state,
     of_params,
     transform_non_params=lambda _: whole,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
   shardings = shapes._replace(
     params=of_params,
@@ -165,20 +166,25 @@ def init(
     A function to jit, which returns the `TrainState` before the first step, and
     the static structure that parameters are merged with.
   """
-
-  def model():
-    rngs = nnx.Rngs(params=config.seed)
-    return families.build(config.model, rngs=rngs, mesh=mesh)
-
-  graph, _ = nnx.split(nnx.eval_shape(model), nnx.Param)
+  graph, _ = nnx.split(abstract_model(config, mesh), nnx.Param)
 
   def make_state():
-    params = nnx.to_pure_dict(nnx.state(model(), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(_model(config, mesh), nnx.Param))
     return TrainState(
       params, optimizer.init(params), guard.init(), jnp.zeros((), jnp.int32)
     )
 
   return make_state, graph
+
+
+def abstract_model(config: Config, mesh: Mesh | None = None) -> Decoder:
+  """The model of a run with shapes in the place of parameters."""
+  return nnx.eval_shape(lambda: _model(config, mesh))
+
+
+def _model(config: Config, mesh: Mesh | None) -> Decoder:
+  rngs = nnx.Rngs(params=config.seed)
+  return families.build(config.model, rngs=rngs, mesh=mesh)
 
 
 def train_step(
