@@ -1,5 +1,6 @@
 """Muon for sharded parameters, with optax's signature and state."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -11,7 +12,7 @@ import optax.contrib
 from jax.sharding import AxisType, NamedSharding
 from optax.contrib import MuonDimensionNumbers, MuonState
 
-from gradpower_optax.orthogonalize import Method, orthogonalize
+from gradpower_optax.orthogonalize import orthogonalize
 
 Scalar: TypeAlias = jax.typing.ArrayLike
 Coefficients: TypeAlias = tuple[Scalar, Scalar, Scalar]
@@ -22,17 +23,12 @@ Shardings: TypeAlias = Any | Callable[[optax.Params], Any]
 Preconditioning: TypeAlias = Literal['frobenius', 'spectral', 'aol', 'schatten']
 
 _STANDARD = (3.4445, -4.7750, 2.0315)
-_PRESETS = {
-  'standard': _STANDARD,
-  # Of Ahn et al, Dion, https://arxiv.org/abs/2504.05295, 2025.
-  'dion': (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-  ),
-}
+_DION = (  # Of Ahn et al, arXiv 2504.05295, 2025.
+  (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377),
+  (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+  (2.8366, -3.0525, 1.2012),
+)  # fmt: skip
+_PRESETS = {'standard': _STANDARD, 'dion': _DION}
 
 
 def muon(
@@ -130,33 +126,61 @@ def muon(
     Liu et al, `Muon is Scalable for LLM Training
     <https://arxiv.org/abs/2502.16982>`_, 2025
   """
-  if isinstance(ns_coeffs, str):
-    if ns_coeffs not in _PRESETS:
-      raise ValueError(
-        f'muon: ns_coeffs is {ns_coeffs!r}, not one of'
-        f' {", ".join(map(repr, _PRESETS))}'
-      )
-    ns_coeffs = _PRESETS[ns_coeffs]  # type: ignore[assignment]
+  if isinstance(ns_coeffs, str) and ns_coeffs not in _PRESETS:
+    raise ValueError(
+      f'muon: ns_coeffs is {ns_coeffs!r}, not one of {", ".join(_PRESETS)}'
+    )
+  coefficients: Any = (
+    _PRESETS[ns_coeffs] if isinstance(ns_coeffs, str) else ns_coeffs
+  )
+  numbers_of = functools.partial(
+    _dimension_numbers, muon_weight_dimension_numbers
+  )
 
   def labels(params):
-    numbers = _dimension_numbers(muon_weight_dimension_numbers, params)
-    kinds = ['adam' if n is None else 'muon' for n in numbers]
+    kinds = ['adam' if n is None else 'muon' for n in numbers_of(params)]
     return jax.tree.unflatten(jax.tree.structure(params), kinds)
 
-  of_matrices = optax.chain(
-    scale_by_muon(
-      ns_coeffs,  # type: ignore[arg-type]
-      ns_steps,
-      beta,
+  def update_fn(updates, state, params=None):
+    del params
+    mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+    count = optax.safe_increment(state.count)
+    if nesterov:
+      momentum = jax.tree.map(
+        lambda m, g: beta * m + (1 - beta) * g,
+        optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
+        optax.tree.bias_correction(updates, beta, count),
+      )
+    else:
+      momentum = optax.tree.bias_correction(mu, beta, count)
+    leaves, structure = jax.tree.flatten(momentum)
+    numbers = numbers_of(updates)
+    done = orthogonalize(
+      leaves,
+      numbers,
+      _places(param_shardings, updates, leaves),
+      state.ns_coeffs,
       eps,
-      mu_dtype,
-      nesterov=nesterov,
-      adaptive=adaptive,
+      ns_steps=ns_steps,
       preconditioning=preconditioning,
-      weight_dimension_numbers=muon_weight_dimension_numbers,
-      param_shardings=param_shardings,
-    ),
-    _scale_by_shape(muon_weight_dimension_numbers, consistent_rms),
+    )
+    if adaptive:
+      done = [
+        jnp.sum(x.conj() * y) * y for x, y in zip(leaves, done, strict=True)
+      ]
+    done = [
+      _shape_factor(x.shape, of, consistent_rms) * x
+      for x, of in zip(done, numbers, strict=True)
+    ]
+    state = MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
+    return jax.tree.unflatten(structure, done), state
+
+  init_fn = optax.contrib.scale_by_muon(
+    coefficients, ns_steps, mu_dtype=mu_dtype
+  ).init
+  of_matrices = optax.chain(
+    optax.GradientTransformation(init_fn, update_fn),
+    optax.identity(),  # Where optax scales by shape: the state is its.
     optax.add_decayed_weights(weight_decay, weight_decay_mask),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -173,95 +197,14 @@ def muon(
   return optax.partition({'muon': of_matrices, 'adam': of_others}, labels)
 
 
-def scale_by_muon(
-  ns_coeffs: Coefficients | tuple[Coefficients, ...] = _STANDARD,
-  ns_steps: Scalar = 5,
-  beta: Scalar = 0.95,
-  eps: Scalar = 1e-8,
-  mu_dtype: Any | None = None,
-  *,
-  nesterov: bool = True,
-  adaptive: bool = False,
-  preconditioning: Preconditioning = 'frobenius',
-  weight_dimension_numbers: DimensionNumbers | None = None,
-  param_shardings: Shardings | None = None,
-) -> optax.GradientTransformation:
-  """Replaces gradients by their orthogonalized momentum; see :func:`muon`.
-
-  Args:
-    ns_coeffs: As in :func:`muon`, without presets.
-    ns_steps: As in :func:`muon`.
-    beta: As in :func:`muon`.
-    eps: As in :func:`muon`.
-    mu_dtype: As in :func:`muon`.
-    nesterov: As in :func:`muon`.
-    adaptive: As in :func:`muon`.
-    preconditioning: As in :func:`muon`.
-    weight_dimension_numbers: As in :func:`muon`, of matrices alone.
-    param_shardings: As in :func:`muon`.
-
-  Returns:
-    A :class:`optax.GradientTransformation` with the state of
-    :func:`optax.contrib.scale_by_muon`.
-  """
-  init_fn = optax.contrib.scale_by_muon(
-    ns_coeffs, ns_steps, beta, eps, mu_dtype
-  ).init
-
-  def update_fn(updates, state, params=None):
-    del params
-    mu = optax.tree.update_moment(updates, state.mu, beta, 1)
-    count = optax.safe_increment(state.count)
-    if nesterov:
-      momentum = jax.tree.map(
-        lambda m, g: beta * m + (1 - beta) * g,
-        optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
-        optax.tree.bias_correction(updates, beta, count),
-      )
-    else:
-      momentum = optax.tree.bias_correction(mu, beta, count)
-    leaves, structure = jax.tree.flatten(momentum)
-    done = orthogonalize(
-      leaves,
-      _dimension_numbers(weight_dimension_numbers, updates),
-      _shardings(param_shardings, updates, leaves),
-      state.ns_coeffs,
-      eps,
-      Method(ns_steps, preconditioning),
-    )
-    if adaptive:
-      done = [
-        jnp.sum(x.conj() * y) * y for x, y in zip(leaves, done, strict=True)
-      ]
-    mu = optax.tree.cast(mu, mu_dtype)
-    state = MuonState(count=count, mu=mu, ns_coeffs=state.ns_coeffs)
-    return jax.tree.unflatten(structure, done), state
-
-  return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _scale_by_shape(dimension_numbers, consistent_rms):
-  """Scales each update by its matrices' shape, by one of two rules."""
-
-  def factor(x, numbers):
-    fan_in, fan_out = (
-      math.prod(x.shape[dim] for dim in ((of,) if isinstance(of, int) else of))
-      for of in numbers
-    )
-    if consistent_rms is None:
-      return math.sqrt(max(1.0, fan_out / fan_in))
-    return math.sqrt(max(fan_in, fan_out)) * consistent_rms
-
-  def update_fn(updates, state, params=None):
-    del params
-    leaves, structure = jax.tree.flatten(updates)
-    numbers = _dimension_numbers(dimension_numbers, updates)
-    scaled = [factor(x, n) * x for x, n in zip(leaves, numbers, strict=True)]
-    return jax.tree.unflatten(structure, scaled), state
-
-  return optax.GradientTransformation(
-    lambda params: optax.EmptyState(), update_fn
+def _shape_factor(shape, numbers, consistent_rms):
+  fan_in, fan_out = (
+    math.prod(shape[dim] for dim in ((of,) if isinstance(of, int) else of))
+    for of in numbers
   )
+  if consistent_rms is None:
+    return math.sqrt(max(1.0, fan_out / fan_in))
+  return math.sqrt(max(fan_in, fan_out)) * consistent_rms
 
 
 def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
@@ -274,10 +217,10 @@ def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
   return _by_leaf(given, tree, MuonDimensionNumbers)
 
 
-def _shardings(given, tree, leaves) -> list[NamedSharding | None]:
+def _places(given, tree, leaves) -> list[NamedSharding | None]:
   """Where each leaf lies, as far as it is known."""
   if given is None:
-    return [_known_sharding(x) for x in leaves]
+    return [_known_place(x) for x in leaves]
   return _by_leaf(given, tree, NamedSharding)
 
 
@@ -296,7 +239,7 @@ def _by_leaf(given, tree, kind: type) -> list[Any]:
   return found
 
 
-def _known_sharding(x) -> NamedSharding | None:
+def _known_place(x) -> NamedSharding | None:
   """Of an array on Explicit axes from its type, outside of jit from itself."""
   of_type = jax.typeof(x).sharding
   if AxisType.Explicit in of_type.mesh.axis_types:

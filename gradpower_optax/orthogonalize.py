@@ -24,19 +24,11 @@ from optax.contrib import MuonDimensionNumbers, MuonState
 Axes = tuple[str, ...]
 
 
-class Method(NamedTuple):
-  """How to orthogonalize; as in `optax.contrib.scale_by_muon`."""
-
-  steps: Any
-  preconditioning: str
-
-
 class _Dim(NamedTuple):
-  """A dimension of an array."""
+  """A dimension of an array, and the mesh axes that split it, major first."""
 
   size: int
   axes: Axes
-  """The mesh axes that split it, major to minor."""
 
 
 class _Class(NamedTuple):
@@ -61,22 +53,23 @@ class _Leaf(NamedTuple):
 
 def orthogonalize(
   arrays: Sequence[jax.Array],
-  dimension_numbers: Sequence[MuonDimensionNumbers],
-  shardings: Sequence[NamedSharding | None],
+  numbers: Sequence[MuonDimensionNumbers],
+  places: Sequence[NamedSharding | None],
   coefficients: jax.Array,
   eps: jax.typing.ArrayLike,
-  method: Method,
+  **method: Any,
 ) -> list[jax.Array]:
   """Orthogonalizes every matrix in some arrays.
 
   Args:
     arrays: Each a stack of matrices, or one; of any rank above 1.
-    dimension_numbers: Of each, which dimensions are a matrix's.
-    shardings: Of each, where it lies; None if that is not known, or on one
-      device. They are then optax's own program, which the compiler splits.
+    numbers: Of each, which dimensions are a matrix's.
+    places: Of each, where it lies; None if that is not known, or on one device.
+      They are then optax's own program, which the compiler splits.
     coefficients: Of the Newton-Schulz iterations, (3,) or (iterations, 3).
     eps: Added to norms that are divided by.
-    method: The rest.
+    **method: `ns_steps` and `preconditioning`, as in
+      `optax.contrib.scale_by_muon`.
 
   Returns:
     Arrays of the same shapes, dtypes and shardings, each matrix replaced by
@@ -87,58 +80,46 @@ def orthogonalize(
     ValueError: an array has no two disjoint groups of dimensions to be a
       matrix's, or arrays lie on different meshes.
   """
-  results: list[Any] = [None] * len(arrays)
-  apart = []
-  for i, (x, numbers, place) in enumerate(
-    zip(arrays, dimension_numbers, shardings, strict=True)
-  ):
-    _check(x, numbers)
+  results: dict[int, Any] = dict.fromkeys(range(len(arrays)))
+  on_mesh: dict[Any, list[int]] = {}
+  for i, (x, of, place) in enumerate(zip(arrays, numbers, places, strict=True)):
+    _check(x, of)
     if place is None or math.prod(_sizes(place.mesh).values()) == 1:
-      results[i] = _newton_schulz(x, numbers, coefficients, eps, method)
+      results[i] = _newton_schulz(x, of, coefficients, eps, **method)
     else:
-      apart.append(i)
-  if apart:
-    meshes = {shardings[i].mesh for i in apart}  # type: ignore[union-attr]
-    if len(meshes) > 1:
-      raise ValueError(f'muon: parameters lie on {len(meshes)} meshes, not one')
-    mesh = meshes.pop()
-    leaves = tuple(
-      _leaf(arrays[i], dimension_numbers[i], shardings[i], mesh) for i in apart
+      on_mesh.setdefault(place.mesh, []).append(i)
+  if len(on_mesh) > 1:
+    raise ValueError(f'muon: parameters lie on {len(on_mesh)} meshes, not one')
+  for mesh, chosen in on_mesh.items():
+    leaves = tuple(_leaf(arrays[i], numbers[i], places[i]) for i in chosen)
+    taken = [arrays[i] for i in chosen]
+    done = _on_mesh(
+      taken, coefficients, eps, leaves=leaves, mesh=mesh, **method
     )
-    taken = [arrays[i] for i in apart]
-    travelled = _on_mesh(taken, coefficients, eps, leaves, mesh, method)
-    for i, y in zip(apart, travelled, strict=True):
-      results[i] = y
-  return results
+    results |= dict(zip(chosen, done, strict=True))
+  return list(results.values())
 
 
 def _check(x, numbers):
-  """Says which parameter cannot be a matrix."""
-  if numbers is None:
+  dims = [dim for side in numbers or () for dim in _as_tuple(side)]
+  distinct = {dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim}
+  if len(distinct) < max(2, len(dims)):
     raise ValueError(
-      f'muon: a parameter of shape {x.shape} has no MuonDimensionNumbers'
-    )
-  dims = [
-    dim for of in numbers for dim in ((of,) if isinstance(of, int) else of)
-  ]
-  inside = all(-x.ndim <= dim < x.ndim for dim in dims)
-  if not inside or len({dim % x.ndim for dim in dims}) < len(dims):
-    raise ValueError(
-      f'muon: {numbers} are not different dimensions of a parameter of shape'
-      f' {x.shape}'
+      f'muon: a parameter of shape {x.shape} is no matrix by {numbers}, which'
+      ' must name different dimensions of it'
     )
 
 
-def _newton_schulz(x, numbers, coefficients, eps, method):
+def _as_tuple(side):
+  return (side,) if isinstance(side, int) else tuple(side)
+
+
+def _newton_schulz(x, numbers, coefficients, eps, **method):
   """Optax's own iteration: scale_by_muon with a momentum that forgets all."""
   tx = optax.contrib.scale_by_muon(
-    ns_steps=method.steps,
-    beta=0.0,
-    eps=eps,
-    nesterov=False,
-    preconditioning=method.preconditioning,
-    weight_dimension_numbers=numbers,
-  )
+    beta=0.0, eps=eps, nesterov=False, weight_dimension_numbers=numbers,
+    **method,
+  )  # fmt: skip
   state = MuonState(jnp.zeros([], jnp.int32), jnp.zeros_like(x), coefficients)
   return tx.update(x, state)[0]
 
@@ -149,50 +130,42 @@ def _sizes(mesh) -> dict[str, int]:
   return {axis: n for axis, n in mesh.shape.items() if axis not in taken}
 
 
-def _ways(sizes: dict[str, int], axes: Sequence[str]) -> int:
+def _ways(sizes: dict[str, int], axes: Axes) -> int:
   return math.prod(sizes[axis] for axis in axes)
 
 
-def _leaf(x, numbers, place, mesh) -> _Leaf:
+def _leaf(x, numbers, place) -> _Leaf:
   """Reads an array's dimensions and their mesh axes as a stack of matrices."""
-  sizes = _sizes(mesh)
-  named = (
-    (entry,) if isinstance(entry, str) else tuple(entry or ())
-    for entry in (*place.spec, *[None] * (x.ndim - len(place.spec)))
-  )
+  sizes = _sizes(place.mesh)
+  entries = (*place.spec, *[None] * (x.ndim - len(place.spec)))
+  named = [(e,) if isinstance(e, str) else tuple(e or ()) for e in entries]
   spec = [tuple(axis for axis in axes if axis in sizes) for axes in named]
   dims = [
     _Dim(size, tuple(axis for axis in axes if sizes[axis] > 1))
     for size, axes in zip(x.shape, spec, strict=True)
   ]
-  sides = [
-    tuple(axis % x.ndim for axis in ((of,) if isinstance(of, int) else of))
-    for of in numbers
-  ]
+
+  def of(side):
+    return tuple(dims[dim] for dim in side)
+
   # An iteration commutes with the transpose: the shorter side first, so that a
   # matrix and one that is its transpose in shape and sharding travel together.
   rows, columns = sorted(
-    sides,
-    key=lambda side: (
-      math.prod(x.shape[dim] for dim in side),
-      [dims[dim] for dim in side],
-    ),
+    (tuple(dim % x.ndim for dim in _as_tuple(side)) for side in numbers),
+    key=lambda side: (math.prod(dim.size for dim in of(side)), of(side)),
   )
   stack = tuple(dim for dim in range(x.ndim) if dim not in rows + columns)
-  kind = _Class(
-    dtype=x.dtype,
-    rows=tuple(dims[dim] for dim in rows),
-    columns=tuple(dims[dim] for dim in columns),
-    split=tuple(axis for dim in stack for axis in dims[dim].axes),
-  )
-  order = (*stack, *rows, *columns)
-  return _Leaf(PartitionSpec(*spec), order, kind)
+  split = tuple(axis for dim in stack for axis in dims[dim].axes)
+  kind = _Class(x.dtype, of(rows), of(columns), split)
+  return _Leaf(PartitionSpec(*spec), (*stack, *rows, *columns), kind)
 
 
 @functools.partial(
-  jax.jit, static_argnames=('leaves', 'mesh', 'method'), inline=True
+  jax.jit,
+  static_argnames=('leaves', 'mesh', 'ns_steps', 'preconditioning'),
+  inline=True,
 )
-def _on_mesh(arrays, coefficients, eps, leaves, mesh, method):
+def _on_mesh(arrays, coefficients, eps, *, leaves, mesh, **method):
   """Orthogonalizes arrays on a mesh, class by class, each device its share."""
   classes: dict[_Class, list[int]] = {}
   for i, leaf in enumerate(leaves):
@@ -200,16 +173,22 @@ def _on_mesh(arrays, coefficients, eps, leaves, mesh, method):
   sizes = _sizes(mesh)  # Inside, all of them are taken.
 
   def local(arrays, coefficients, eps):
-    results = [None] * len(arrays)
+    results = dict.fromkeys(range(len(arrays)))
     for kind, members in classes.items():
-      stacks = [_as_stack(arrays[i], leaves[i].order, kind) for i in members]
-      ends = [sum(len(s) for s in stacks[: j + 1]) for j in range(len(stacks))]
-      done = _class_on_mesh(
-        jnp.concatenate(stacks), kind, sizes, coefficients, eps, method
-      )
-      for i, y in zip(members, jnp.split(done, ends[:-1]), strict=True):
-        results[i] = _from_stack(y, arrays[i].shape, leaves[i].order)
-    return results
+      sides = len(kind.rows + kind.columns)
+      turned = {i: arrays[i].transpose(leaves[i].order) for i in members}
+      stacks = [x.reshape(-1, *x.shape[-sides:]) for x in turned.values()]
+      ends = [sum(map(len, stacks[: j + 1])) for j in range(len(stacks))]
+      of_class = functools.partial(
+        _newton_schulz, numbers=MuonDimensionNumbers(1, 2),
+        coefficients=coefficients, eps=jnp.asarray(eps, kind.dtype), **method,
+      )  # fmt: skip
+      done = _exchanged(of_class, jnp.concatenate(stacks), kind, sizes)
+      parts = jnp.split(done, ends[:-1])
+      for (i, x), y in zip(turned.items(), parts, strict=True):
+        back = sorted(range(x.ndim), key=leaves[i].order.__getitem__)
+        results[i] = y.reshape(x.shape).transpose(back)
+    return list(results.values())
 
   specs = [leaf.spec for leaf in leaves]
   here = jax.sharding.get_abstract_mesh()
@@ -223,42 +202,26 @@ def _on_mesh(arrays, coefficients, eps, leaves, mesh, method):
   )(arrays, coefficients, eps)
 
 
-def _as_stack(x, order, kind):
-  """A device's part of an array as (matrices, *rows, *columns), in parts."""
-  x = x.transpose(order)
-  stacked = x.ndim - len(kind.rows) - len(kind.columns)
-  return x.reshape(-1, *x.shape[stacked:])
-
-
-def _from_stack(y, shape, order):
-  y = y.reshape([shape[dim] for dim in order])
-  return y.transpose([order.index(dim) for dim in range(len(order))])
-
-
-def _class_on_mesh(parts, kind, sizes, coefficients, eps, method):
-  """Orthogonalizes a stack of which every device holds a part of each matrix.
+def _exchanged(function, parts, kind, sizes):
+  """Applies a function of whole matrices to a stack of which all hold parts.
 
   Args:
+    function: Of (matrices, rows, columns).
     parts: (matrices, *rows, *columns), each dimension but the first one
       device's part.
     kind: What they have in common.
     sizes: Of the mesh's axes.
-    coefficients: As in `orthogonalize`.
-    eps: Likewise.
-    method: Likewise.
 
   Returns:
     The same parts of the results.
   """
   dims = kind.rows + kind.columns
   apart = tuple(axis for dim in dims for axis in dim.axes)
-  copies = _divided(len(parts), kind, apart, sizes)
-  senders, sharers = _ways(sizes, apart), _ways(sizes, copies)
-  each = -(-len(parts) // (senders * sharers))
-  total = each * senders * sharers
-  stack = jnp.pad(
-    parts, [(0, total - len(parts))] + [(0, 0)] * (parts.ndim - 1)
-  )
+  copies = _dividing(len(parts), kind, apart, sizes)
+  senders, ways = _ways(sizes, apart), _ways(sizes, apart + copies)
+  each = -(-len(parts) // ways)
+  padding = [(0, each * ways - len(parts))] + [(0, 0)] * len(dims)
+  stack = jnp.pad(parts, padding)
   if copies:
     mine = lax.axis_index(copies) * each * senders
     stack = lax.dynamic_slice_in_dim(stack, mine, each * senders)
@@ -266,23 +229,16 @@ def _class_on_mesh(parts, kind, sizes, coefficients, eps, method):
     stack = lax.all_to_all(stack, apart, 0, 0, tiled=True)
 
   # (senders of each dimension, matrices, *parts) to (matrices, rows, columns).
-  ways = [_ways(sizes, dim.axes) for dim in dims]
-  by_sender = (*ways, each, *parts.shape[1:])
   n = len(dims)
+  by_sender = [_ways(sizes, dim.axes) for dim in dims]
   together = (n, *(i for dim in range(n) for i in (dim, n + 1 + dim)))
-  whole = stack.reshape(by_sender).transpose(together)
-  shape = whole.shape
-  rows = math.prod(dim.size for dim in kind.rows)
-  columns = math.prod(dim.size for dim in kind.columns)
-  done = _newton_schulz(
-    whole.reshape(each, rows, columns),
-    MuonDimensionNumbers(1, 2),
-    coefficients,
-    jnp.asarray(eps, whole.dtype),
-    method,
+  whole = stack.reshape(*by_sender, each, *parts.shape[1:]).transpose(together)
+  rows, columns = (
+    math.prod(dim.size for dim in side) for side in (kind.rows, kind.columns)
   )
-  back = [together.index(i) for i in range(len(together))]
-  stack = done.reshape(shape).transpose(back).reshape(stack.shape)
+  done = function(whole.reshape(each, rows, columns)).reshape(whole.shape)
+  back = sorted(range(2 * n + 1), key=together.__getitem__)
+  stack = done.transpose(back).reshape(stack.shape)
 
   if apart:
     stack = lax.all_to_all(stack, apart, 0, 0, tiled=True)
@@ -291,15 +247,11 @@ def _class_on_mesh(parts, kind, sizes, coefficients, eps, method):
   return stack[: len(parts)]
 
 
-def _divided(
-  matrices: int, kind: _Class, apart: Axes, sizes: dict[str, int]
-) -> Axes:
+def _dividing(matrices: int, kind: _Class, apart: Axes, sizes) -> Axes:
   """The mesh axes of copies along which dividing the stack saves work."""
   chosen: Axes = ()
-  for axis, size in sizes.items():
-    if axis in apart or axis in kind.split:
-      continue
+  for axis in (a for a in sizes if a not in apart + kind.split):
     ways = _ways(sizes, apart + chosen)
-    if -(-matrices // (ways * size)) < -(-matrices // ways):
+    if -(-matrices // (ways * sizes[axis])) < -(-matrices // ways):
       chosen += (axis,)
   return chosen

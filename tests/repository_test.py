@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md')])
 ALLOWED = {
   'gradpower_optax': {'gradpower_optax', 'jax', 'numpy', 'optax'},
   'models': {'flax', 'jax', 'ml_dtypes', 'models', 'numpy', 'safetensors'},
@@ -56,8 +56,13 @@ def _code_lines(path: pathlib.Path) -> int:
 
 
 def test_files_can_be_read_in_one_sitting():
-  library = sum(map(_code_lines, (ROOT / 'gradpower_optax').glob('*.py')))
-  assert library <= 600
+  library = {
+    path.name: _code_lines(path)
+    for path in (ROOT / 'gradpower_optax').glob('*.py')
+  }
+  # What moves matrices between devices has a budget of its own.
+  assert library.pop('orthogonalize.py') <= 200
+  assert sum(library.values()) <= 600
   for path in (ROOT / 'models').glob('*.py'):
     assert _code_lines(path) <= 300, path
   assert _code_lines(ROOT / 'train' / 'loop.py') <= 500
@@ -67,9 +72,11 @@ def test_the_readmes_python_runs():
   blocks = re.findall(
     r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL
   )
-  # The second block's folder is the reader's own: huggingface_test runs it.
-  assert [block.split()[1] for block in blocks] == ['optax', 'models']
-  subprocess.run([sys.executable, '-c', blocks[0]], check=True)
+  # The last block's folder is the reader's own: huggingface_test runs it.
+  names = ['optax', 'optax.contrib', 'models']
+  assert [block.split()[1] for block in blocks] == names
+  for block in blocks[:-1]:
+    subprocess.run([sys.executable, '-c', block], check=True)
 
 
 def test_the_readmes_make_targets_exist():

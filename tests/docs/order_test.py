@@ -1,14 +1,18 @@
-"""Runs the examples of docs/order.md: every number on the page is checked."""
+"""Runs the examples of two pages: every number on them is checked."""
 
 import doctest
 import pathlib
 import re
 
-_PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'order.md'
+import pytest
+
+_DOCS = pathlib.Path(__file__).parents[2] / 'docs'
+_ORDER = _DOCS / 'order.md'
+_PAGES = {_ORDER: 20, _DOCS / 'choosing-p.md': 6}  # And so many examples.
 
 
-def _example():
-  text = _PAGE.read_text()
+def _example(page=_ORDER):
+  text = page.read_text()
   # Blank what is not code, so that a failure names the line of the page.
   kept = []
   inside = False
@@ -18,17 +22,18 @@ def _example():
     if fence:
       inside = not inside and line == '```python'
   return doctest.DocTestParser().get_doctest(
-    '\n'.join(kept) + '\n', {}, _PAGE.name, str(_PAGE), 0
+    '\n'.join(kept) + '\n', {}, page.name, str(page), 0
   )
 
 
-def test_page_says_what_its_code_prints():
+@pytest.mark.parametrize('page', _PAGES, ids=lambda page: page.stem)
+def test_page_says_what_its_code_prints(page):
   report = []
-  example = _example()
+  example = _example(page)
   runner = doctest.DocTestRunner(verbose=False)
   runner.run(example, out=report.append)
   assert runner.failures == 0, ''.join(report)
-  assert runner.tries == len(example.examples) > 20
+  assert runner.tries == len(example.examples) > _PAGES[page]
 
 
 def test_a_wrong_number_would_be_seen():
@@ -43,6 +48,6 @@ def test_a_wrong_number_would_be_seen():
 
 
 def test_marks_are_the_four_that_the_page_explains():
-  text = re.sub(r'```.*?```', '', _PAGE.read_text(), flags=re.DOTALL)
+  text = re.sub(r'```.*?```', '', _ORDER.read_text(), flags=re.DOTALL)
   marks = set(re.findall(r'\[[a-z- ]+\]', text))
   assert marks == {'[paper]', '[code]', '[second-hand]', '[here]'}
