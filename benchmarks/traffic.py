@@ -23,6 +23,10 @@ _FREE = frozenset((
 # space, absent for main memory; 5 is the host's.
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
 _ON_CHIP = re.compile(r'S\((?!5\))\d+\)')
+# Of a scalar predicate, or of an index.
+_BRANCHES = re.compile(
+  r'(?:true|false)_computation=%[\w.\-]+|branch_computations=\{[^}]*\}'
+)
 _NAME = re.compile(r'%([\w.\-]+)')
 
 
@@ -51,7 +55,8 @@ def count(hlo_text: str) -> Traffic:
 
   Returns:
     The bytes of all operands and of all outputs of the entry computation's
-    instructions; a call counts as the instructions of what it calls.
+    instructions; a call counts as the instructions of what it calls, a branch
+    as those of the one that moves most.
   """
   computations, entry = _parse(hlo_text)
   return _count(computations, entry)
@@ -70,6 +75,16 @@ def _count(computations, name) -> Traffic:
       called = re.search(r'to_apply=%([\w.\-]+)', instruction.attributes)
       assert called, instruction
       inner = _count(computations, called.group(1))
+      read, written = read + inner.read, written + inner.written
+      continue
+    if opcode == 'conditional':
+      names = re.findall(
+        r'%([\w.\-]+)',
+        ' '.join(_BRANCHES.findall(instruction.attributes)),
+      )
+      assert names, instruction
+      branches = [_count(computations, name) for name in names]
+      inner = max(branches, key=lambda moved: moved.read + moved.written)
       read, written = read + inner.read, written + inner.written
       continue
     # An asynchronous copy reads at its start and has written when done.

@@ -3,16 +3,24 @@
 Each program is one jitted update, parameters and optimizer state donated, of a
 single float32 array: (power, AdamW) against AdamW, and (clip, power, AdamW)
 against (clip, AdamW). Beside `sign_power` stand the two ways that one would
-write the power by hand. All programs work on the same buffers in turn.
+write the power by hand, and three other ways to the whole update: the clip as
+one factor, one pass in blocks that fit the cache, and the trainer's own with
+its norms. All programs work on the same buffers in turn.
+
+Of each, the words read and written per element, counted in the compiled text,
+stand beside the least that any program needs. With `--topology` they are those
+of a TPU that is not there: nothing runs.
 
     python -m benchmarks.transform
     python -m benchmarks.transform --json benchmarks/results/transform-cpu.json
+    python -m benchmarks.transform --topology v5e:2x2
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -21,74 +29,19 @@ import numpy as np
 import optax
 
 from benchmarks import timing, traffic
-from gradpower_optax import sign_power
+from benchmarks.transform_programs import (
+  FORMS,
+  Arrays,
+  Form,
+  Program,
+  compile_update,
+  programs,
+  shapes,
+)
+from train.aot import topology as tpu
+from train.errors import UserError
 
 _ACCURACY_SAMPLE = 2**20
-
-# A form makes a transformation from the power as a Python number and, for the
-# one that is given it at run time, as a scalar array.
-Form = Callable[[float, jax.Array], optax.GradientTransformation]
-
-FORMS: dict[str, Form] = {
-  'sign_power': lambda p, traced_p: sign_power(p),
-  'sign_power, traced p': lambda p, traced_p: sign_power(traced_p),
-  'sign(g) * abs(g)**p': lambda p, traced_p: _elementwise(
-    lambda g: jnp.sign(g) * jnp.abs(g) ** p
-  ),
-  'g * exp2((p-1) * log2|g|)': lambda p, traced_p: _elementwise(
-    lambda g: g * jnp.exp2((p - 1) * jnp.log2(jnp.abs(g)))
-  ),
-}
-
-
-def _elementwise(function):
-  return optax.stateless(lambda grads, _: jax.tree.map(function, grads))
-
-
-class Arrays:
-  """One parameter array, AdamW's state for it and a gradient.
-
-  The programs take turns in updating it, so that none is lucky with its memory.
-  """
-
-  def __init__(self, elements: int, p: float):
-    self.params = jnp.ones(elements, jnp.float32)
-    self.state = jax.tree.leaves(_chain(False, None).init(self.params))
-    # At 16M elements of norm 4: clipped at 1.
-    self.grads = 1e-3 * jax.random.normal(jax.random.key(0), (elements,))
-    self.p = jnp.float32(p)
-
-  def compile(self, clip: bool, form: Form | None, p: float) -> Any:
-    """Compiles the update through an optional clip and form of the power."""
-
-    def update(params, state, grads, traced_p):
-      power = None if form is None else form(p, traced_p)
-      chain = _chain(clip, power)
-      # Every chain keeps AdamW's state alone; only the tuples around it differ.
-      structure = jax.tree.structure(chain.init(params))
-      state = jax.tree.unflatten(structure, state)
-      updates, state = chain.update(grads, state, params)
-      return optax.apply_updates(params, updates), jax.tree.leaves(state)
-
-    arguments = (self.params, self.state, self.grads, self.p)
-    return jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
-
-  def runner(self, compiled: Any) -> Callable[[], Any]:
-    """Returns a call that starts one update in place."""
-
-    def run():
-      self.params, self.state = compiled(
-        self.params, self.state, self.grads, self.p
-      )
-      return self.params, self.state
-
-    return run
-
-
-def _chain(clip: bool, power: optax.GradientTransformation | None):
-  parts = [optax.clip_by_global_norm(1.0)] if clip else []
-  parts += [] if power is None else [power]
-  return optax.chain(*parts, optax.adamw(1e-3, b2=0.95, weight_decay=0.1))
 
 
 def worst_ulp(form: Form, p: float, exact_p: float) -> float:
@@ -121,16 +74,19 @@ def measure(elements: int, pairs: int, p: float) -> dict[str, Any]:
 
   Args:
     elements: Size of the parameter array.
-    pairs: How many pairs of timings per form of the power.
+    pairs: How many pairs of timings per program.
     p: The power.
 
   Returns:
-    Facts of the machine, settings, and one entry for each program: `ms` (median
-    milliseconds of an update), `ratio` (median over pairs of its time to that
-    of the same program without the power) and `ratio_quartiles`, `temporaries`
-    (bytes of temporary memory over those of the array), `words_read` and
-    `words_written` per element, 4 bytes each, and `worst_ulp`. In the entry of
-    a program without the power, what concerns the power is None.
+    Facts of the machine, settings, and one entry for each program: `clip`,
+    `power` (the form or None), `whole` (None, or which way other than optax's
+    chain), `ms` (median milliseconds of an update), `ratio` (median over pairs
+    of its time to that of the same chain without the power) and
+    `ratio_quartiles`, `temporaries` (bytes of temporary memory over those of
+    the array), `words_read` and `words_written` per element, 4 bytes each (None
+    where the text does not show them), `least_read` and `least_written` of any
+    program, and `worst_ulp`. In the entry of a program without the power, what
+    concerns the power is None.
   """
   facts = timing.machine_facts()
   arrays = Arrays(elements, p)
@@ -139,97 +95,160 @@ def measure(elements: int, pairs: int, p: float) -> dict[str, Any]:
     name: worst_ulp(form, p, exact_p.get(name, p))
     for name, form in FORMS.items()
   }
-  programs = []
-  for clip in (False, True):
-    base = arrays.compile(clip, None, p)
-    base_seconds: list[float] = []
-    powered = []
-    for name, form in FORMS.items():
-      program = arrays.compile(clip, form, p)
-      taken = timing.time_pairs(
-        arrays.runner(base), arrays.runner(program), pairs
-      )
-      base_seconds += taken.first
-      low, middle, high = timing.quartiles(taken.ratios)
-      powered.append(_entry(
-        clip, name, taken.second, _memory(program, elements),
-        ratio=middle, ratio_quartiles=[low, high], worst_ulp=ulp[name],
-      ))  # fmt: skip
-    programs.append(_entry(clip, None, base_seconds, _memory(base, elements)))
-    programs += powered
+  entries: list[dict[str, Any]] = []
+  base = base_entry = None
+  base_seconds: list[float] = []
+  for program in programs(p, elements):
+    compiled = arrays.compile(program.update)
+    entry = _entry(program, compiled, elements)
+    entries.append(entry)
+    if program.power is None:
+      base, base_entry, base_seconds = compiled, entry, []
+      continue
+    taken = timing.time_pairs(
+      arrays.runner(base), arrays.runner(compiled), pairs
+    )
+    base_seconds += taken.first
+    low, middle, high = timing.quartiles(taken.ratios)
+    entry |= {
+      'ms': 1e3 * timing.quartiles(taken.second)[1],
+      'ratio': middle,
+      'ratio_quartiles': [low, high],
+      'worst_ulp': ulp[program.power],
+    }
+    assert base_entry is not None
+    base_entry['ms'] = 1e3 * timing.quartiles(base_seconds)[1]
   return {
     'benchmark': 'transform',
     'machine': facts,
     'settings': {'elements': elements, 'pairs': pairs, 'p': p},
-    'programs': programs,
+    'programs': entries,
   }
 
 
-def _entry(
-  clip: bool,
-  power: str | None,
-  seconds: Sequence[float],
-  memory: dict[str, float],
-  ratio: float | None = None,
-  ratio_quartiles: list[float] | None = None,
-  worst_ulp: float | None = None,
-) -> dict[str, Any]:
+def count_on_tpu(elements: int, p: float, name: str) -> dict[str, Any]:
+  """Counts what every program moves on one chip of a TPU that is not there.
+
+  Args:
+    elements: Size of the parameter array.
+    p: The power.
+    name: A topology such as 'v5e:2x2'.
+
+  Returns:
+    As `measure`, with the compiler's facts under `compiler` in place of the
+    machine's, and None for whatever has to be run.
+
+  Raises:
+    UserError: there is no libtpu, or no such topology.
+  """
+  device = tpu.devices_of(name)[0]
+  arguments = shapes(elements, jax.sharding.SingleDeviceSharding(device))
   return {
-    'clip': clip,
-    'power': power,
-    'ms': 1e3 * timing.quartiles(seconds)[1],
-    'ratio': ratio,
-    'ratio_quartiles': ratio_quartiles,
-    **memory,
-    'worst_ulp': worst_ulp,
+    'benchmark': 'transform',
+    'compiler': {
+      'topology': name,
+      'device': device.device_kind,
+      **{
+        package: metadata.version(package)
+        for package in ('jax', 'jaxlib', 'optax', 'libtpu')
+      },
+    },
+    'settings': {'elements': elements, 'p': p},
+    'programs': [
+      _entry(program, compile_update(program.update, arguments), elements)
+      for program in programs(p, elements)
+    ],
   }
 
 
-def _memory(compiled: Any, elements: int) -> dict[str, float]:
+def _entry(program: Program, compiled: Any, elements: int) -> dict[str, Any]:
+  """What is known of a program before it runs."""
   array_bytes = 4 * elements
-  moved = traffic.count(compiled.as_text())
+  read = written = None
+  if program.in_text:
+    moved = traffic.count(compiled.as_text())
+    read, written = moved.read / array_bytes, moved.written / array_bytes
   temporary = compiled.memory_analysis().temp_size_in_bytes
   return {
+    'clip': program.clip,
+    'power': program.power,
+    'whole': program.whole,
+    'ms': None,
+    'ratio': None,
+    'ratio_quartiles': None,
     'temporaries': temporary / array_bytes,
-    'words_read': moved.read / array_bytes,
-    'words_written': moved.written / array_bytes,
+    'words_read': read,
+    'words_written': written,
+    'least_read': program.least[0],
+    'least_written': program.least[1],
+    'worst_ulp': None,
   }
+
+
+_HEADER = ('update', 'ms', 'ratio', 'quartiles', 'temporaries', 'read',
+           'written', 'least', 'worst ulp')  # fmt: skip
+_WHOLE = {
+  'one factor': 'clip as one factor',
+  'blocks': 'one pass in blocks',
+  'trainer': "the trainer's",
+}
 
 
 def format_result(result: dict[str, Any]) -> str:
   """Returns a measurement as text: the machine, then a table."""
   settings = result['settings']
-  header = ('update', 'ms', 'ratio', 'quartiles', 'temporaries', 'read',
-            'written', 'worst ulp')  # fmt: skip
-  rows = []
-  for program in result['programs']:
-    base = 'clip, adamw' if program['clip'] else 'adamw'
-    power = program['power']
-    timed = ('1', '', '')
-    if power is not None:
-      low, high = program['ratio_quartiles']
-      timed = (f'{program["ratio"]:.3f}', f'{low:.3f}-{high:.3f}',
-               f'{program["worst_ulp"]:.2f}')  # fmt: skip
+  rows: list[Sequence[str]] = []
+  for entry in result['programs']:
+    name = 'clip, adamw' if entry['clip'] else 'adamw'
+    if entry['whole']:
+      name = f'  {_WHOLE[entry["whole"]]}'
+    elif entry['power']:
+      name = f'  with {entry["power"]}'
+    low, high = entry['ratio_quartiles'] or (None, None)
     rows.append((
-      base if power is None else f'  with {power}',
-      f'{program["ms"]:.3f}',
-      *timed[:2],
-      f'{program["temporaries"]:.2f}',
-      f'{program["words_read"]:.2f}',
-      f'{program["words_written"]:.2f}',
-      timed[2],
+      name,
+      _number(entry['ms'], 3),
+      _number(entry['ratio'] if entry['power'] else 1, 3 if low else 0),
+      f'{low:.3f}-{high:.3f}' if low else '',
+      _number(entry['temporaries'], 2),
+      _number(entry['words_read'], 2),
+      _number(entry['words_written'], 2),
+      f'{entry["least_read"]} + {entry["least_written"]}',
+      _number(entry['worst_ulp'], 2),
     ))  # fmt: skip
+  header: Sequence[str] = _HEADER
+  array = f'{settings["elements"]:,} float32 elements, p = {settings["p"]}'
+  if 'machine' in result:
+    facts = timing.format_facts(result['machine'])
+    array += f', medians of {settings["pairs"]} pairs in alternating order'
+  else:  # Nothing ran: without the columns of what has to.
+    compiler = result['compiler']
+    facts = (
+      f'one chip of {compiler["topology"]} ({compiler["device"]}), compiled '
+      'ahead of time\n'
+      + ', '.join(
+        f'{name} {compiler[name]}'
+        for name in ('jax', 'jaxlib', 'optax', 'libtpu')
+      )
+    )
+    counted = (0, 4, 5, 6, 7)
+    header = [header[i] for i in counted]
+    rows = [[row[i] for i in counted] for row in rows]
   return '\n'.join((
-    timing.format_facts(result['machine']),
-    f'{settings["elements"]:,} float32 elements, p = {settings["p"]}, medians '
-    f'of {settings["pairs"]} pairs in alternating order',
+    facts,
+    array,
     '',
     timing.format_table(header, rows),
     '',
-    'ratio: time to the same update without the power. temporaries: in arrays',
-    'of full size. read, written: 32-bit words per element. worst ulp: of the',
-    'power alone, on a log-uniform sample.',
+    'ratio: time to the same chain without the power. temporaries: in arrays',
+    'of full size. read, written: 32-bit words per element; least: that any',
+    'program reads and writes; none of a loop, which runs in the cache. worst',
+    'ulp: of the power alone, on a log-uniform sample.',
   ))  # fmt: skip
+
+
+def _number(value: float | None, digits: int) -> str:
+  return '' if value is None else f'{value:.{digits}f}'
 
 
 def _power(text: str) -> float:
@@ -251,12 +270,21 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--elements', type=timing.positive, default=2**24)
   parser.add_argument('--pairs', type=timing.positive, default=21)
   parser.add_argument('--p', type=_power, default=1.2)
+  parser.add_argument(
+    '--topology', metavar='NAME',
+    help='count for a TPU such as v5e:2x2, compiled ahead of time; no timing',
+  )  # fmt: skip
   parser.add_argument('--json', metavar='FILE', help='write the result here')
   options = parser.parse_args(argv)
   if options.json:
     timing.check_writable(parser, options.json)
   try:
-    result = measure(options.elements, options.pairs, options.p)
+    if options.topology is None:
+      result = measure(options.elements, options.pairs, options.p)
+    else:
+      result = count_on_tpu(options.elements, options.p, options.topology)
+  except UserError as error:
+    parser.error(str(error))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

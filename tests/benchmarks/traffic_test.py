@@ -85,6 +85,17 @@ def test_counts_elementwise_programs():
   assert _words(lambda a: a / a.sum(), x) == (2, 1)
 
 
+def test_a_branch_counts_as_the_one_that_moves_most():
+  def branch(a, b):
+    return jax.lax.cond(a[0] > 0, lambda a, b: a / b.sum(), jnp.add, a, b)
+
+  x = jnp.ones(4096)
+  read, written = _words(branch, x, x)
+  # The one reads both and then a again or both in one: not the sum of the two.
+  assert 2 <= read < 3.1
+  assert 1 <= written < 1.1
+
+
 def test_adamw_reads_seven_words_and_writes_three():
   """Or, where one fusion writes all three, four and three."""
   tx = optax.adamw(1e-3)
