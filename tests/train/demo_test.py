@@ -52,8 +52,7 @@ def test_results_are_as_the_contract_says(done, read_metrics):
 
 def test_the_arms_differ_in_the_power_alone(done):
   plain, powered = (
-    json.loads((done.dir / name / 'config.json').read_text())
-    for name in ARMS
+    json.loads((done.dir / name / 'config.json').read_text()) for name in ARMS
   )
   assert plain['optimizer'].pop('power') == 1.0
   assert powered['optimizer'].pop('power') == 1.2
