@@ -33,7 +33,6 @@ def modules_after(statements, directory):
 def test_import_needs_jax_and_optax_only(tmp_path):
   base = modules_after('import jax, optax, optax.contrib', tmp_path)
   ours = modules_after('import gradpower_optax', tmp_path)
-  # An optax before 0.2.6 imports chex itself.
   assert ours - base - set(sys.stdlib_module_names) == {'gradpower_optax'}
   assert not ours & set(HEAVY)
 
