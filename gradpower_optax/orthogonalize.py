@@ -91,7 +91,10 @@ def orthogonalize(
   if len(on_mesh) > 1:
     raise ValueError(f'muon: parameters lie on {len(on_mesh)} meshes, not one')
   for mesh, chosen in on_mesh.items():
-    leaves = tuple(_leaf(arrays[i], numbers[i], places[i]) for i in chosen)
+    by_rows = method['preconditioning'] == 'aol'
+    leaves = tuple(
+      _leaf(arrays[i], numbers[i], places[i], by_rows) for i in chosen
+    )
     taken = [arrays[i] for i in chosen]
     done = _on_mesh(
       taken, coefficients, eps, leaves=leaves, mesh=mesh, **method
@@ -140,7 +143,7 @@ def _ways(sizes: dict[str, int], axes: Axes) -> int:
   return math.prod(sizes[axis] for axis in axes)
 
 
-def _leaf(x, numbers, place) -> _Leaf:
+def _leaf(x, numbers, place, by_rows) -> _Leaf:
   """Reads an array's dimensions and their mesh axes as a stack of matrices."""
   sizes = _sizes(place.mesh)
   entries = (*place.spec, *[None] * (x.ndim - len(place.spec)))
@@ -154,11 +157,15 @@ def _leaf(x, numbers, place) -> _Leaf:
   def of(side):
     return tuple(dims[dim] for dim in side)
 
-  # An iteration commutes with the transpose: the shorter side first, so that a
-  # matrix and one that is its transpose in shape and sharding travel together.
+  # The shorter side first, as optax does. An iteration commutes with the
+  # transpose, unless it starts by scaling rows: so square matrices are turned
+  # until one that is another's transpose in sharding travels with it.
   rows, columns = sorted(
     (tuple(dim % x.ndim for dim in _as_tuple(side)) for side in numbers),
-    key=lambda side: (math.prod(dim.size for dim in of(side)), of(side)),
+    key=lambda side: (
+      math.prod(dim.size for dim in of(side)),
+      () if by_rows else of(side),
+    ),
   )
   stack = tuple(dim for dim in range(x.ndim) if dim not in rows + columns)
   split = tuple(axis for dim in stack for axis in dims[dim].axes)

@@ -55,6 +55,10 @@ _NEAR_ONE = 0.2
 # Where 1 / (p - 1) is a whole number up to this, a root by one step from a
 # guess takes fewer operations; beyond it they wait for one another for longer.
 _MOST_ROOT = 6
+# Arrays of so many elements, and as long along the last axis, gain by it. In a
+# loop over a shorter axis jax 0.12 may or may not fuse a product into a sum, so
+# that an element's last bit would depend on where it stands.
+_LEAST_SIZE, _LEAST_AXIS = 4096, 16
 # The greatest error of log2(1 + m) - m, 0 <= m <= 1: of taking a float's bits
 # for its logarithm.
 _BITS_GAP = 0.0860713320559342
@@ -226,7 +230,7 @@ def _times_power(scale, x, p, static_p):
     return _times_exp2(scale, x, _split_traced(p), wide=True, far=True)
   q = static_p - 1.0
   n = _whole_inverse(q)
-  if n is None:
+  if n is None or x.size < _LEAST_SIZE or x.shape[-1] < _LEAST_AXIS:
     return _times_static(scale, x, q=q)
   # A GPU and a TPU wait for memory whatever is computed meanwhile, and which
   # products they fuse into sums is not known.

@@ -67,22 +67,40 @@ def test_whole_powers():
     assert power._whole_power(x, n) == float(fractions.Fraction(3, 2) ** n)
 
 
-def test_elsewhere_the_program_has_no_root():
-  x = jax.ShapeDtypeStruct((8,), jnp.float32)
+def roundings(platform, shape):
+  """How many the program has; a root has none."""
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
   traced = jax.jit(lambda x: power.signed_power(x, 1.2)).trace(x)
-  count = {
-    platform: traced.lower(lowering_platforms=(platform,))
-    .as_text()
-    .count('stablehlo.round_nearest_even')
-    for platform in ('cpu', 'cuda', 'tpu')
-  }
-  assert count == {'cpu': 0, 'cuda': 1, 'tpu': 1}
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  return text.count('stablehlo.round_nearest_even')
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_elsewhere_the_program_has_no_root(platform):
+  assert roundings(platform, (4096,)) == 1
+
+
+@pytest.mark.parametrize(
+  ('shape', 'expected'),
+  [((4096,), 0), ((256, 16), 0), ((4095,), 1), ((1000, 8), 1), ((), 1)],
+)
+def test_small_and_narrow_arrays_have_none(shape, expected):
+  assert roundings('cpu', shape) == expected
 
 
 def test_a_batch_and_a_loop_of_roots():
-  x = jnp.linspace(-2, 2, 12).reshape(3, 4)
+  x = jnp.linspace(-2, 2, 3 * 4096).reshape(3, 4096)
   expected = power.signed_power(x, 1.2)
   batched = jax.vmap(lambda row: power.signed_power(row, 1.2))(x)
   mapped = lax.map(lambda row: power.signed_power(row, 1.2), x)
   np.testing.assert_array_max_ulp(batched, expected, 2)
   np.testing.assert_array_max_ulp(mapped, expected, 2)
+
+
+@pytest.mark.parametrize('shape', [(64, 64), (1000, 17), (31, 4, 33)])
+def test_an_element_does_not_depend_on_its_place(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  phi = jax.jit(lambda x: power.signed_power(x, 1.2))
+  order = np.random.default_rng(0).permutation(len(x))
+  np.testing.assert_array_equal(phi(x[order]), phi(x)[order])
+  np.testing.assert_array_equal(phi(x.ravel()), phi(x).ravel())
