@@ -224,7 +224,9 @@ def _options(
     '--length', type=timing.positive,
     default=presets.VOCABULARIES['t5'].length, help='of a sequence',
   )  # fmt: skip
-  parser.add_argument('--rounds', type=timing.positive, default=3)
+  parser.add_argument(
+    '--rounds', type=timing.positive, default=3, help='samples of each program'
+  )
   parser.add_argument(
     '--no-sharded', action='store_true', help='leaves the second process out'
   )

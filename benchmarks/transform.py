@@ -38,6 +38,7 @@ from benchmarks.transform_programs import (
   programs,
   shapes,
 )
+from train.aot import hlo
 from train.aot import topology as tpu
 from train.errors import UserError
 
@@ -136,13 +137,27 @@ def count_on_tpu(elements: int, p: float, name: str) -> dict[str, Any]:
 
   Returns:
     As `measure`, with the compiler's facts under `compiler` in place of the
-    machine's, and None for whatever has to be run.
+    machine's, and None for whatever has to be run; and of each program the
+    compiler's own estimate in `cycles`, and in `cycles_ratio` what that is of
+    the same chain's without the power.
 
   Raises:
     UserError: there is no libtpu, or no such topology.
   """
   device = tpu.devices_of(name)[0]
   arguments = shapes(elements, jax.sharding.SingleDeviceSharding(device))
+  entries = []
+  for program in programs(p, elements):
+    compiled = compile_update(program.update, arguments)
+    cycles = sum(
+      run.times * run.instruction.cycles
+      for run in hlo.parse(compiled.as_text()).runs()
+      if not run.fused
+    )
+    entry = _entry(program, compiled, elements) | {'cycles': cycles}
+    if not program.power:
+      alone = cycles
+    entries.append(entry | {'cycles_ratio': cycles / alone})
   return {
     'benchmark': 'transform',
     'compiler': {
@@ -154,10 +169,7 @@ def count_on_tpu(elements: int, p: float, name: str) -> dict[str, Any]:
       },
     },
     'settings': {'elements': elements, 'p': p},
-    'programs': [
-      _entry(program, compile_update(program.update, arguments), elements)
-      for program in programs(p, elements)
-    ],
+    'programs': entries,
   }
 
 
@@ -186,7 +198,7 @@ def _entry(program: Program, compiled: Any, elements: int) -> dict[str, Any]:
 
 
 _HEADER = ('update', 'ms', 'ratio', 'quartiles', 'temporaries', 'read',
-           'written', 'least', 'worst ulp')  # fmt: skip
+           'written', 'least', 'worst ulp', 'cycles')  # fmt: skip
 _WHOLE = {
   'one factor': 'clip as one factor',
   'blocks': 'one pass in blocks',
@@ -215,12 +227,13 @@ def format_result(result: dict[str, Any]) -> str:
       _number(entry['words_written'], 2),
       f'{entry["least_read"]} + {entry["least_written"]}',
       _number(entry['worst_ulp'], 2),
+      _number(entry.get('cycles_ratio'), 3),
     ))  # fmt: skip
-  header: Sequence[str] = _HEADER
   array = f'{settings["elements"]:,} float32 elements, p = {settings["p"]}'
   if 'machine' in result:
     facts = timing.format_facts(result['machine'])
     array += f', medians of {settings["pairs"]} pairs in alternating order'
+    shown: tuple[int, ...] = tuple(range(9))
   else:  # Nothing ran: without the columns of what has to.
     compiler = result['compiler']
     facts = (
@@ -231,9 +244,9 @@ def format_result(result: dict[str, Any]) -> str:
         for name in ('jax', 'jaxlib', 'optax', 'libtpu')
       )
     )
-    counted = (0, 4, 5, 6, 7)
-    header = [header[i] for i in counted]
-    rows = [[row[i] for i in counted] for row in rows]
+    shown = 0, 4, 5, 6, 7, 9
+  header = [_HEADER[i] for i in shown]
+  rows = [[row[i] for i in shown] for row in rows]
   return '\n'.join((
     facts,
     array,
@@ -243,7 +256,8 @@ def format_result(result: dict[str, Any]) -> str:
     'ratio: time to the same chain without the power. temporaries: in arrays',
     'of full size. read, written: 32-bit words per element; least: that any',
     'program reads and writes; none of a loop, which runs in the cache. worst',
-    'ulp: of the power alone, on a log-uniform sample.',
+    'ulp: of the power alone, on a log-uniform sample. cycles: the estimate of',
+    'the compiler, to that of the same chain without the power.',
   ))  # fmt: skip
 
 

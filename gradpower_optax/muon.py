@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, Sharding
 from optax.contrib import MuonDimensionNumbers, MuonState
 
-from gradpower_optax.orthogonalize import orthogonalize
+from gradpower_optax.orthogonalize import is_matrix, orthogonalize
 
 Scalar: TypeAlias = jax.typing.ArrayLike
 Coefficients: TypeAlias = tuple[Scalar, Scalar, Scalar]
@@ -96,16 +96,18 @@ def muon(
       :class:`jax.sharding.NamedSharding` with their structure, a prefix of
       one, or a function from parameters to one. Needed under :func:`jax.jit`
       on a mesh of Auto axes, whose arrays do not tell: left out there, the
-      program is optax's. On Explicit axes, and outside of jit, None reads it
-      off the arrays.
+      program is optax's. Where all axes are Explicit, and outside of jit, None
+      reads it off the arrays. Under :func:`optax.inject_hyperparams` name it in
+      ``static_args`` if it is a function.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: ns_coeffs names no preset, or has not the shape of one; from
-      ``update``, a parameter has not the dimensions named, or parameters lie
-      on several meshes.
+      ``init``, a parameter has not the dimensions named; from ``update``,
+      parameters lie on several meshes, or not as ``param_shardings`` says.
+    TypeError: a tree holds something else than it should.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -126,16 +128,12 @@ def muon(
     Liu et al, `Muon is Scalable for LLM Training
     <https://arxiv.org/abs/2502.16982>`_, 2025
   """
-  if isinstance(ns_coeffs, str) and ns_coeffs not in _PRESETS:
-    raise ValueError(
-      f'muon: ns_coeffs is {ns_coeffs!r}, not one of {", ".join(_PRESETS)}'
-    )
-  coefficients: Any = (
-    _PRESETS[ns_coeffs] if isinstance(ns_coeffs, str) else ns_coeffs
-  )
-  numbers_of = functools.partial(
-    _dimension_numbers, muon_weight_dimension_numbers
-  )
+  if isinstance(ns_coeffs, str):
+    if ns_coeffs not in _PRESETS:
+      raise ValueError(f'ns_coeffs is {ns_coeffs!r}, not one of {[*_PRESETS]}')
+    ns_coeffs = _PRESETS[ns_coeffs]  # type: ignore[assignment]
+  given = muon_weight_dimension_numbers
+  numbers_of = functools.partial(_dimension_numbers, given)
 
   def labels(params):
     kinds = ['adam' if n is None else 'muon' for n in numbers_of(params)]
@@ -145,24 +143,18 @@ def muon(
     del params
     mu = optax.tree.update_moment(updates, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
+    ahead = optax.safe_increment(count) if nesterov else count
+    momentum = optax.tree.bias_correction(mu, beta, ahead)
     if nesterov:
+      newest = optax.tree.bias_correction(updates, beta, count)
       momentum = jax.tree.map(
-        lambda m, g: beta * m + (1 - beta) * g,
-        optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
-        optax.tree.bias_correction(updates, beta, count),
+        lambda m, g: beta * m + (1 - beta) * g, momentum, newest
       )
-    else:
-      momentum = optax.tree.bias_correction(mu, beta, count)
     leaves, structure = jax.tree.flatten(momentum)
     numbers = numbers_of(updates)
+    places = _places(param_shardings, updates, leaves)
     done = orthogonalize(
-      leaves,
-      numbers,
-      _places(param_shardings, updates, leaves),
-      state.ns_coeffs,
-      eps,
-      ns_steps=ns_steps,
-      preconditioning=preconditioning,
+      leaves, numbers, places, state.ns_coeffs, eps, ns_steps, preconditioning
     )
     if adaptive:
       done = [
@@ -175,25 +167,18 @@ def muon(
     state = MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
     return jax.tree.unflatten(structure, done), state
 
-  init_fn = optax.contrib.scale_by_muon(
-    coefficients, ns_steps, mu_dtype=mu_dtype
-  ).init
+  optaxs = optax.contrib.scale_by_muon(ns_coeffs, ns_steps, mu_dtype=mu_dtype)
   of_matrices = optax.chain(
-    optax.GradientTransformation(init_fn, update_fn),
+    optax.GradientTransformation(optaxs.init, update_fn),
     optax.identity(),  # Where optax scales by shape: the state is its.
     optax.add_decayed_weights(weight_decay, weight_decay_mask),
     optax.scale_by_learning_rate(learning_rate),
   )
   of_others = optax.adamw(
     learning_rate if adam_learning_rate is None else adam_learning_rate,
-    b1=adam_b1,
-    b2=adam_b2,
-    eps=eps,
-    eps_root=adam_eps_root,
-    mu_dtype=mu_dtype,
-    weight_decay=adam_weight_decay,
+    adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay,
     nesterov=nesterov,
-  )
+  )  # fmt: skip
   return optax.partition({'muon': of_matrices, 'adam': of_others}, labels)
 
 
@@ -209,41 +194,59 @@ def _shape_factor(shape, numbers, consistent_rms):
 
 def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
   """One for each leaf; None where Adam takes it."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
   if given is None:
-    return [
-      MuonDimensionNumbers() if x.ndim == 2 else None
-      for x in jax.tree.leaves(tree)
-    ]
-  return _by_leaf(given, tree, MuonDimensionNumbers)
+    return [MuonDimensionNumbers() if x.ndim == 2 else None for _, x in paths]
+  found = _by_leaf(
+    given, tree, MuonDimensionNumbers, 'muon_weight_dimension_numbers'
+  )
+  for (path, x), numbers in zip(paths, found, strict=True):
+    if numbers is not None and not is_matrix(x, numbers):
+      raise ValueError(
+        f'muon: parameter {jax.tree_util.keystr(path)} of shape {x.shape} is no'
+        f' matrix by {numbers}, which must name different dimensions of it'
+      )
+  return found
 
 
 def _places(given, tree, leaves) -> list[NamedSharding | None]:
   """Where each leaf lies, as far as it is known."""
   if given is None:
-    return [_known_place(x) for x in leaves]
-  return _by_leaf(given, tree, NamedSharding)
+    found = list(map(_known_place, leaves))
+  else:
+    found = _by_leaf(given, tree, Sharding, 'param_shardings')
+  return [x if isinstance(x, NamedSharding) else None for x in found]
 
 
-def _by_leaf(given, tree, kind: type) -> list[Any]:
+def _by_leaf(given, tree, kind: type, argument: str) -> list[Any]:
   """A tree of a kind, or a function to one, or its prefix, as one a leaf."""
   if not jax.tree.leaves(tree):
     return []  # Such as the placeholder that optax.tree.map_params inits with.
   given = given(tree) if callable(given) else given
   found: list[Any] = []
-  jax.tree.map(
-    lambda value, part: found.extend([value] * len(jax.tree.leaves(part))),
-    given,
-    tree,
-    is_leaf=lambda x: x is None or isinstance(x, kind),
-  )
+  try:
+    jax.tree.map(
+      lambda value, part: found.extend([value] * len(jax.tree.leaves(part))),
+      given,
+      tree,
+      is_leaf=lambda x: x is None or isinstance(x, kind),
+    )
+  except ValueError as error:
+    raise ValueError(
+      f'muon: {argument} must have the structure of the parameters, or of a'
+      f' prefix, with a {kind.__name__} or None for each'
+    ) from error
+  for value in found:
+    if not isinstance(value, kind | None):
+      raise TypeError(
+        f'muon: {argument} must hold {kind.__name__} or None, not {value!r}'
+      )
   return found
 
 
-def _known_place(x) -> NamedSharding | None:
+def _known_place(x) -> Sharding | None:
   """Of an array on Explicit axes from its type, outside of jit from itself."""
   of_type = jax.typeof(x).sharding
-  if AxisType.Explicit in of_type.mesh.axis_types:
+  if {*of_type.mesh.axis_types} - {AxisType.Manual} == {AxisType.Explicit}:
     return of_type
-  if isinstance(x, jax.core.Tracer):
-    return None
-  return x.sharding if isinstance(x.sharding, NamedSharding) else None
+  return None if isinstance(x, jax.core.Tracer) else x.sharding

@@ -23,6 +23,10 @@ def _chain(
   power_eps: float,
   clip_norm: jax.typing.ArrayLike | None,
 ) -> optax.GradientTransformationExtraArgs:
+  if isinstance(clip_norm, (int, float)) and not clip_norm > 0:
+    raise ValueError(
+      f'clip_norm must be positive, or None for no clipping, not {clip_norm}'
+    )
   clip = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
   return optax.chain(*clip, sign_power(p, eps=power_eps), base)
 

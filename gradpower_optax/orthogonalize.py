@@ -10,6 +10,7 @@ gathered once.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -57,19 +58,20 @@ def orthogonalize(
   places: Sequence[NamedSharding | None],
   coefficients: jax.Array,
   eps: jax.typing.ArrayLike,
-  **method: Any,
+  steps: jax.typing.ArrayLike,
+  preconditioning: str,
 ) -> list[jax.Array]:
   """Orthogonalizes every matrix in some arrays.
 
   Args:
     arrays: Each a stack of matrices, or one; of any rank above 1.
-    numbers: Of each, which dimensions are a matrix's.
+    numbers: Of each, which dimensions are a matrix's; see `is_matrix`.
     places: Of each, where it lies; None if that is not known: it is then
       optax's own program, which the compiler splits.
     coefficients: Of the Newton-Schulz iterations, (3,) or (iterations, 3).
     eps: Added to norms that are divided by.
-    **method: `ns_steps` and `preconditioning`, as in
-      `optax.contrib.scale_by_muon`.
+    steps: Iterations, where coefficients are not those of each.
+    preconditioning: As in `optax.contrib.scale_by_muon`.
 
   Returns:
     Arrays of the same shapes, dtypes and shardings, each matrix replaced by
@@ -77,57 +79,63 @@ def orthogonalize(
     close to one.
 
   Raises:
-    ValueError: an array has no two disjoint groups of dimensions to be a
-      matrix's, or arrays lie on different meshes.
+    ValueError: arrays lie on different meshes, or cannot lie as said; or a
+      matrix is split over a mesh axis that a `jax.shard_map` has taken.
   """
   results: dict[int, Any] = dict.fromkeys(range(len(arrays)))
-  on_mesh: dict[Any, list[int]] = {}
+  on_mesh: dict[Any, dict[int, _Leaf]] = {}
   for i, (x, of, place) in enumerate(zip(arrays, numbers, places, strict=True)):
-    _check(x, of)
-    if place is None or _is_stack_on_one_device(x, of, place):
-      results[i] = _newton_schulz(x, of, coefficients, eps, **method)
+    leaf = place and _leaf(x, of, place, by_rows=preconditioning == 'aol')
+    if leaf is None or _is_stack_on_one_device(leaf, place):
+      results[i] = _newton_schulz(
+        x, of, coefficients, eps, steps, preconditioning
+      )
     else:
-      on_mesh.setdefault(place.mesh, []).append(i)
+      on_mesh.setdefault(place.mesh, {})[i] = leaf
   if len(on_mesh) > 1:
     raise ValueError(f'muon: parameters lie on {len(on_mesh)} meshes, not one')
-  for mesh, chosen in on_mesh.items():
-    by_rows = method['preconditioning'] == 'aol'
-    leaves = tuple(
-      _leaf(arrays[i], numbers[i], places[i], by_rows) for i in chosen
-    )
-    taken = [arrays[i] for i in chosen]
+  for mesh, leaves in on_mesh.items():
+    known = isinstance(steps, int)  # Not if optax.inject_hyperparams has it.
     done = _on_mesh(
-      taken, coefficients, eps, leaves=leaves, mesh=mesh, **method
+      [arrays[i] for i in leaves],
+      (coefficients, eps, None if known else steps),
+      leaves=tuple(leaves.values()),
+      mesh=mesh,
+      steps=steps if known else None,
+      preconditioning=preconditioning,
     )
-    results |= dict(zip(chosen, done, strict=True))
+    results |= dict(zip(leaves, done, strict=True))
   return list(results.values())
 
 
-def _check(x, numbers):
-  dims = [dim for side in numbers or () for dim in _as_tuple(side)]
-  distinct = {dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim}
-  if len(distinct) < max(2, len(dims)):
-    raise ValueError(
-      f'muon: a parameter of shape {x.shape} is no matrix by {numbers}, which'
-      ' must name different dimensions of it'
-    )
+def is_matrix(x: jax.Array, numbers: MuonDimensionNumbers) -> bool:
+  """Whether numbers name different dimensions of an array, some on each side.
+
+  Args:
+    x: The array.
+    numbers: Which of its dimensions are a matrix's.
+  """
+  sides = [_as_tuple(side) for side in numbers]
+  dims = [dim for side in sides for dim in side]
+  within = [dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim]
+  return all(sides) and len(set(within)) == len(dims)
 
 
-def _is_stack_on_one_device(x, numbers, place) -> bool:
+def _is_stack_on_one_device(leaf, place) -> bool:
   """Nothing to gain there; single matrices are faster in a stack."""
-  sides = sum(len(_as_tuple(side)) for side in numbers)
-  return x.ndim > sides and math.prod(_sizes(place.mesh).values()) == 1
+  sides = len(leaf.kind.rows + leaf.kind.columns)
+  return len(leaf.order) > sides and math.prod(_sizes(place.mesh).values()) == 1
 
 
 def _as_tuple(side):
   return (side,) if isinstance(side, int) else tuple(side)
 
 
-def _newton_schulz(x, numbers, coefficients, eps, **method):
+def _newton_schulz(x, numbers, coefficients, eps, steps, preconditioning):
   """Optax's own iteration: scale_by_muon with a momentum that forgets all."""
   tx = optax.contrib.scale_by_muon(
-    beta=0.0, eps=eps, nesterov=False, weight_dimension_numbers=numbers,
-    **method,
+    ns_steps=steps, beta=0.0, eps=eps, nesterov=False,
+    preconditioning=preconditioning, weight_dimension_numbers=numbers,
   )  # fmt: skip
   state = MuonState(jnp.zeros([], jnp.int32), jnp.zeros_like(x), coefficients)
   return tx.update(x, state)[0]
@@ -145,10 +153,20 @@ def _ways(sizes: dict[str, int], axes: Axes) -> int:
 
 def _leaf(x, numbers, place, by_rows) -> _Leaf:
   """Reads an array's dimensions and their mesh axes as a stack of matrices."""
+  if x.ndim == 2:
+    numbers = MuonDimensionNumbers()  # As optax does, whatever they are.
   sizes = _sizes(place.mesh)
-  entries = (*place.spec, *[None] * (x.ndim - len(place.spec)))
-  named = [(e,) if isinstance(e, str) else tuple(e or ()) for e in entries]
+  named = [
+    (entry,) if isinstance(entry, str) else tuple(entry or ())
+    for entry in (*place.spec, *[None] * (x.ndim - len(place.spec)))
+  ]
   spec = [tuple(axis for axis in axes if axis in sizes) for axes in named]
+  ways = [_ways(sizes, axes) for axes in spec]
+  if len(ways) > x.ndim or any(map(int.__mod__, x.shape, ways)):
+    raise ValueError(
+      f'muon: a parameter of shape {x.shape} cannot lie as {place.spec} on a'
+      f' mesh of {dict(place.mesh.shape)}'
+    )
   dims = [
     _Dim(size, tuple(axis for axis in axes if sizes[axis] > 1))
     for size, axes in zip(x.shape, spec, strict=True)
@@ -167,6 +185,12 @@ def _leaf(x, numbers, place, by_rows) -> _Leaf:
       () if by_rows else of(side),
     ),
   )
+  taken = {axis for dim in rows + columns for axis in named[dim]} - {*sizes}
+  if any(place.mesh.shape[axis] > 1 for axis in taken):
+    raise ValueError(
+      f'muon: matrices of a parameter of shape {x.shape} are split over'
+      f' {sorted(taken)}, which a shard_map around the update has taken'
+    )
   stack = tuple(dim for dim in range(x.ndim) if dim not in rows + columns)
   split = tuple(axis for dim in stack for axis in dims[dim].axes)
   kind = _Class(x.dtype, of(rows), of(columns), split)
@@ -175,29 +199,35 @@ def _leaf(x, numbers, place, by_rows) -> _Leaf:
 
 @functools.partial(
   jax.jit,
-  static_argnames=('leaves', 'mesh', 'ns_steps', 'preconditioning'),
+  static_argnames=('leaves', 'mesh', 'steps', 'preconditioning'),
   inline=True,
 )
-def _on_mesh(arrays, coefficients, eps, *, leaves, mesh, **method):
+def _on_mesh(arrays, scalars, *, leaves, mesh, steps, preconditioning):
   """Orthogonalizes arrays on a mesh, class by class, each device its share."""
   classes: dict[_Class, list[int]] = {}
   for i, leaf in enumerate(leaves):
     classes.setdefault(leaf.kind, []).append(i)
   sizes = _sizes(mesh)  # Inside, all of them are taken.
 
-  def local(arrays, coefficients, eps):
+  def local(arrays, scalars):
+    coefficients, eps, traced_steps = scalars
     results = dict.fromkeys(range(len(arrays)))
     for kind, members in classes.items():
       sides = len(kind.rows + kind.columns)
       turned = {i: arrays[i].transpose(leaves[i].order) for i in members}
-      stacks = [x.reshape(-1, *x.shape[-sides:]) for x in turned.values()]
-      ends = [sum(map(len, stacks[: j + 1])) for j in range(len(stacks))]
-      of_class = functools.partial(
+      stacks = [
+        x.reshape(math.prod(x.shape[:-sides]), *x.shape[-sides:])
+        for x in turned.values()
+      ]
+      function = functools.partial(
         _newton_schulz, numbers=MuonDimensionNumbers(1, 2),
-        coefficients=coefficients, eps=jnp.asarray(eps, kind.dtype), **method,
+        coefficients=coefficients, eps=jnp.asarray(eps, kind.dtype),
+        steps=traced_steps if steps is None else steps,
+        preconditioning=preconditioning,
       )  # fmt: skip
-      done = _exchanged(of_class, jnp.concatenate(stacks), kind, sizes)
-      parts = jnp.split(done, ends[:-1])
+      done = _exchanged(function, jnp.concatenate(stacks), kind, sizes)
+      ends = itertools.accumulate(map(len, stacks[:-1]))
+      parts = jnp.split(done, list(ends))
       for (i, x), y in zip(turned.items(), parts, strict=True):
         back = sorted(range(x.ndim), key=leaves[i].order.__getitem__)
         results[i] = y.reshape(x.shape).transpose(back)
@@ -208,11 +238,11 @@ def _on_mesh(arrays, coefficients, eps, *, leaves, mesh, **method):
   return jax.shard_map(
     local,
     mesh=here if here.manual_axes else mesh,
-    in_specs=(specs, PartitionSpec(), PartitionSpec()),
+    in_specs=(specs, PartitionSpec()),
     out_specs=specs,
     axis_names=set(sizes),
     check_vma=False,  # Copies stay copies: all devices compute the same.
-  )(arrays, coefficients, eps)
+  )(arrays, scalars)
 
 
 def _exchanged(function, parts, kind, sizes):

@@ -94,6 +94,7 @@ def signed_power(x: jax.Array, p: Any, eps: Any = 0.0) -> jax.Array:
   for a fused multiply-add). Narrower dtypes are computed in float32 and
   rounded once; float64 uses the backend's ``pow`` (1.2 units at most, measured
   on a CPU).
+  On a CPU a large array and a part of it may differ in the last bit.
   Subnormal float32 inputs and results are flushed to zero where the backend
   does so (XLA on a CPU), and are inaccurate where it does not.
 

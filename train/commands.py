@@ -60,7 +60,7 @@ def run(prog: str, argv: list[str] | None) -> int:
 def _add_demo(commands) -> None:
   parser = commands.add_parser(
     'demo',
-    help='AdamW against AdamW behind the gradient power, and a page',
+    help='an optimizer against the same behind the power, and a page',
     description='Trains the demo recipe twice, without and with the power.',
   )
   parser.add_argument(

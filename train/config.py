@@ -19,6 +19,7 @@ _MAX_VOCAB_SIZE = 2**24
 _LARGEST_FLOAT32 = 3.4e38
 _OPTIMIZERS = ('adamw', 'muon')
 _MU_DTYPES = ('float32', 'bfloat16')
+_LATER = ('name', 'mu_dtype', 'per_head')  # Not in the first version.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,10 @@ class OptimizerConfig:
           f'--optimizer.{name} must be {" or ".join(map(repr, choices))}, not '
           f'{getattr(self, name)!r}'
         )
+    if self.per_head and self.name != 'muon':
+      raise errors.UserError(
+        '--optimizer.per_head goes with --optimizer.name muon'
+      )
     _require(self, 'power', lambda v: 0 < v < 1e6, 'positive and below 1e6')
     for name in ('learning_rate', 'eps'):
       _require(self, name, lambda v: v > 0, 'positive')
@@ -335,10 +340,14 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
   """What an older version wrote, which did what today's defaults say."""
-  kinds = {'data': DataConfig, 'optimizer': OptimizerConfig}
+  optimizer = dataclasses.asdict(OptimizerConfig())
+  defaults = {
+    'data': dataclasses.asdict(DataConfig()),
+    'optimizer': {name: optimizer[name] for name in _LATER},
+  }
   return values | {
-    key: dataclasses.asdict(kind()) | values[key]
-    for key, kind in kinds.items()
+    key: fields | values[key]
+    for key, fields in defaults.items()
     if isinstance(values.get(key), dict)
   }
 

@@ -48,6 +48,12 @@ def run(config: Config, directory: epath.Path) -> loop.Result | None:
     raise UserError(
       f'{directory} is the directory of a single run: name another --run-dir'
     )
+  for name in TITLES.keys() - {config.optimizer.name}:
+    if (directory / name).exists():
+      raise UserError(
+        f'{directory} holds a demo with --optimizer.name {name}: name another'
+        ' --run-dir'
+      )
   without = dataclasses.replace(config.optimizer, power=1.0)
   configs = dict(
     zip(arms(config), (dataclasses.replace(config, optimizer=without), config),

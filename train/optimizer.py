@@ -110,36 +110,43 @@ def _base(
   """What takes the powered gradients."""
   c = config.optimizer
   rate = schedule(c, config.steps)
+  adamw = optax.adamw(
+    rate,
+    b1=c.b1,
+    b2=c.b2,
+    eps=c.eps,
+    mu_dtype=c.mu_dtype,
+    weight_decay=c.weight_decay,
+  )
   if c.name == 'adamw':
-    return optax.adamw(
-      rate,
-      b1=c.b1,
-      b2=c.b2,
-      eps=c.eps,
-      mu_dtype=c.mu_dtype,
-      weight_decay=c.weight_decay,
-    )
+    return adamw
   if model is None:
     raise ValueError('muon needs the model: which parameters are matrices')
+  table = jax.tree.map(
+    lambda matrix: matrix and MuonDimensionNumbers(*matrix),
+    matrices(model, per_head=c.per_head),
+    is_leaf=lambda x: x is None or isinstance(x, Matrix),
+  )
   # As in Liu et al, arXiv 2502.16982, and the authors' script: one learning
-  # rate and decay for all, matrices' updates scaled to the size of AdamW's.
-  return muon(
+  # rate and decay for all, matrices' updates scaled to the size of AdamW's,
+  # which is without Nesterov momentum. (Muon's own Adam has it with Muon.)
+  of_matrices = muon(
     rate,
     beta=0.95,
     eps=c.eps,
     weight_decay=c.weight_decay,
     mu_dtype=c.mu_dtype,
-    adam_b1=c.b1,
-    adam_b2=c.b2,
-    adam_weight_decay=c.weight_decay,
-    muon_weight_dimension_numbers=jax.tree.map(
-      lambda matrix: matrix and MuonDimensionNumbers(*matrix),
-      matrices(model, per_head=c.per_head),
-      is_leaf=lambda x: x is None or isinstance(x, Matrix),
-    ),
+    muon_weight_dimension_numbers=table,
     consistent_rms=0.2,
     param_shardings=mesh and sharding.param_shardings(model, mesh),
   )
+  labels = jax.tree.map(
+    lambda numbers: 'adamw' if numbers is None else 'muon',
+    table,
+    is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+  )
+  groups = {'adamw': adamw, 'muon': of_matrices}
+  return optax.partition(groups, labels)
 
 
 def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:

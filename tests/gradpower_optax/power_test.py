@@ -120,9 +120,8 @@ def test_error_along_all_bit_patterns(p, traced):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('p', [0.8, 1.2])
-def test_error_of_every_number(p):
-  """The ends of the fast path, at which its errors are largest."""
+def test_error_of_every_number():
+  p = 1.2
   function = jax.jit(lambda x: signed_power(x, p))
   mantissas = np.arange(2**23, dtype=np.uint32)
   worst = 0.0

@@ -126,12 +126,13 @@ def test_every_field_has_an_option():
 
 @pytest.mark.parametrize('path', [*CHANGED, *ALONE])
 def test_an_option_changes_its_field_alone(path):
-  base = flat(recipes.get('demo'))
+  given = ['--optimizer.name=muon'] if path == 'optimizer.per_head' else []
+  base = flat(parse(*given))
   value = {
     'model.n_kv_heads': 2, 'model.n_heads': 8, 'steps': 99
   }.get(path, (CHANGED | ALONE)[path])  # fmt: skip
   assert base[path] != value
-  assert flat(parse(f'--{path}', str(value))) == base | {path: value}
+  assert flat(parse(*given, f'--{path}', str(value))) == base | {path: value}
 
 
 @pytest.mark.parametrize('path', MOE_CHANGED)
@@ -248,6 +249,7 @@ MISTAKES = [
   ('--optimizer.warmup_steps 480', '--optimizer.warmup_steps (480) must be'),
   ('--optimizer.name sgd', "--optimizer.name must be 'adamw' or 'muon', not"),
   ('--optimizer.mu_dtype int8', "must be 'float32' or 'bfloat16', not 'int8'"),
+  ('--optimizer.per_head true', 'goes with --optimizer.name muon'),
   ('--optimizer.schedule linear', "'wsd', 'cos' or 'constant', not 'linear'"),
   ('--step 3', 'unrecognized arguments: --step 3'),
   ('--model.width 3', 'unrecognized arguments: --model.width'),

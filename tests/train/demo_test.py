@@ -10,8 +10,9 @@ import pytest
 
 from train import demo, loop
 from train.__main__ import main as entry_point
-from train.config import Config
+from train.config import Config, OptimizerConfig
 from train.data import pip_fetch
+from train.errors import UserError
 
 ARMS = 'adamw', 'adamw_power'
 
@@ -201,6 +202,13 @@ def test_losses_that_are_not_finite_are_strings(tmp_path):
   assert document['arms']['adamw_power']['validation_loss'] == 'nan'
   assert document['difference'] == 'nan'
   assert 'nan' in demo._table(tmp_path, ends)
+
+
+def test_a_demo_of_another_optimizer_is_refused(tmp_path):
+  (tmp_path / 'adamw').mkdir()
+  config = Config(optimizer=OptimizerConfig(name='muon', power=1.2))
+  with pytest.raises(UserError, match=r'a demo with --optimizer\.name adamw'):
+    demo.run(config, tmp_path)
 
 
 def test_power_1_is_refused(tmp_path):

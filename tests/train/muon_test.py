@@ -63,18 +63,21 @@ def test_it_is_clip_power_and_optaxs_muon(family):
   ours = make_optimizer(config, model)
   shapes = jax.eval_shape(step.init(config, ours)[0]).params
   numbers = jax.tree_util.tree_map_with_path(by_hand, shapes)
+  adamw = optax.adamw(
+    schedule(c, config.steps), b1=0.9, b2=0.95, weight_decay=0.1
+  )
+  muon = optax.contrib.muon(
+    schedule(c, config.steps),
+    weight_decay=0.1,
+    muon_weight_dimension_numbers=numbers,
+    consistent_rms=0.2,
+  )
+  is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+  labels = jax.tree.map(lambda n: str(n is None), numbers, is_leaf=is_leaf)
   optaxs = optax.chain(
     optax.clip_by_global_norm(1.0),
     sign_power(1.2),
-    optax.contrib.muon(
-      schedule(c, config.steps),
-      weight_decay=0.1,
-      adam_b1=0.9,
-      adam_b2=0.95,
-      adam_weight_decay=0.1,
-      muon_weight_dimension_numbers=numbers,
-      consistent_rms=0.2,
-    ),
+    optax.partition({'True': adamw, 'False': muon}, labels),
   )
 
   def train(optimizer):
@@ -90,10 +93,9 @@ def test_it_is_clip_power_and_optaxs_muon(family):
     for _ in range(3):
       grads = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
       params, state = update(params, state, jax.tree.map(np.float32, grads))
-    return params, state
+    return params
 
-  (params, state), (wanted, wanted_state) = train(ours), train(optaxs)
-  assert jax.tree.structure(state) == jax.tree.structure(wanted_state)
+  params, wanted = train(ours), train(optaxs)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted
   )
