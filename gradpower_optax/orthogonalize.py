@@ -85,8 +85,9 @@ def orthogonalize(
   results: dict[int, Any] = dict.fromkeys(range(len(arrays)))
   on_mesh: dict[Any, dict[int, _Leaf]] = {}
   for i, (x, of, place) in enumerate(zip(arrays, numbers, places, strict=True)):
-    leaf = place and _leaf(x, of, place, by_rows=preconditioning == 'aol')
-    if leaf is None or _is_stack_on_one_device(leaf, place):
+    by_rows = preconditioning == 'aol'
+    leaf = None if place is None else _leaf(x, of, place, by_rows)
+    if place is None or leaf is None or _is_stack_on_one_device(leaf, place):
       results[i] = _newton_schulz(
         x, of, coefficients, eps, steps, preconditioning
       )
