@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_pages_code_runs():
   page = (_ROOT / 'docs' / 'muon.md').read_text()
   blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)

@@ -53,9 +53,8 @@ def by_hand(path, x):
   return MuonDimensionNumbers(*OF_LAYER[name])
 
 
-@pytest.mark.parametrize(
-  'family', ['llama', pytest.param('moe', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('family', MODELS)
 def test_it_is_clip_power_and_optaxs_muon(family):
   config = config_of(family, weight_decay=0.1)
   c = config.optimizer
