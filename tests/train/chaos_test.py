@@ -89,7 +89,8 @@ class Chaos:
     else:
       wanted = self.lines() + self.draw.randint(1, 60)
       self.wait(processes, lambda: self.lines() >= wanted)
-    return self._kill(processes, 'at random')
+    # What has not met yet cannot miss another: it waits, until all are killed.
+    return self._kill(processes, 'at random', all_of_them=begun)
 
   def kill_in_a_save(self):
     processes = self.launch(POISON + SLOW_SAVES)
@@ -98,9 +99,10 @@ class Chaos:
       time.sleep(self.draw.uniform(0, 0.25))
     return self._kill(processes, 'in a save')
 
-  def _kill(self, processes, when):
+  def _kill(self, processes, when, all_of_them=False):
     victim = self.draw.choice(processes)
-    victim.kill()
+    for process in processes if all_of_them else [victim]:
+      process.kill()
     ends = [self.finish(process) for process in processes]
     killed = victim.returncode == -signal.SIGKILL
     self.history.append(
