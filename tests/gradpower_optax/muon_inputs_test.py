@@ -20,6 +20,8 @@ PARAMS, GRADS = (
   for key in KEYS
 )
 NUMBERS = {'w': D(1, 2), 'b': None}
+# Before jax 0.7.1 it is called use_mesh.
+set_mesh = getattr(jax, 'set_mesh', None) or jax.sharding.use_mesh
 
 
 def mesh_of(**kinds):
@@ -125,7 +127,7 @@ def test_a_mesh_of_both_kinds_tells_half():
   place = NamedSharding(mesh, P(None, 'fsdp', 'tensor'))
   tx = muon(0.1, muon_weight_dimension_numbers=D(1, 2), param_shardings=place)
   g = jax.device_put(GRADS['w'], place)
-  with jax.set_mesh(mesh):
+  with set_mesh(mesh):
     got = jax.jit(tx.update)(g, tx.init(g), g)[0]
   expected = optax.contrib.muon(0.1, muon_weight_dimension_numbers=D(1, 2))
   close({'w': got}, {'w': update(expected, GRADS['w'], GRADS['w'])})
