@@ -19,6 +19,7 @@ _TO_PREPARE = (
 )  # fmt: skip
 # Beyond what every command needs.
 _NEEDED_BY = {
+  'compare': (*_TO_TRAIN, 'scipy'),
   'demo': _TO_TRAIN,
   'prepare': _TO_PREPARE,
   'run': _TO_TRAIN,

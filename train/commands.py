@@ -19,6 +19,7 @@ from train import (
   sample_options,
 )
 from train.errors import UserError
+from train.experiments import compare_command
 from train.watch_options import WatchOptions
 
 _DONE = 0
@@ -48,6 +49,7 @@ def run(prog: str, argv: list[str] | None) -> int:
   )
   _add_demo(commands)
   _add_run(commands)
+  compare_command.add(commands)
   prepare_command.add(commands)
   _add_report(commands)
   _add_sample(commands)

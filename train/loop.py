@@ -185,7 +185,8 @@ class _Run:
     )
     refused = self._start()
     self.monitor = Monitor(
-      name, config, self.step, shown=distributed.is_main(),
+      name, config, self.step,
+      shown=distributed.is_main() and not watch.quiet,
       local=directory.local, watch=watch,
     )  # fmt: skip
     self.saver = Saver(

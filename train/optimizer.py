@@ -61,7 +61,8 @@ class Optimizer(NamedTuple):
   global norms 'grad_norm' before clipping, 'clipped_norm' after it and
   'powered_norm' after the power."""
   powered: Callable[[Any], Any]
-  """Gradients to what the base optimizer takes: clipped, then powered."""
+  """Gradients to what the base optimizer takes: clipped, then powered, then
+  scaled back where `match_norm` says so."""
 
 
 def make_optimizer(
@@ -89,6 +90,8 @@ def make_optimizer(
   def update(grads, state, params):
     norm = optax.tree.norm(grads)
     into_base, powered_norm = _clip_and_power(c, grads, norm)
+    if c.match_norm:
+      into_base = _match(into_base, powered_norm, _clip(c, norm, norm))
     *others, of_base = state
     updates, of_base = base.update(into_base, of_base, params)
     norms = {
@@ -99,7 +102,11 @@ def make_optimizer(
     return updates, (*others, of_base), norms
 
   def powered(grads):
-    return _clip_and_power(c, grads, optax.tree.norm(grads))[0]
+    norm = optax.tree.norm(grads)
+    into_base, powered_norm = _clip_and_power(c, grads, norm)
+    if c.match_norm:
+      into_base = _match(into_base, powered_norm, _clip(c, norm, norm))
+    return into_base
 
   return Optimizer(chain.init, update, powered)
 
@@ -159,6 +166,12 @@ def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:
     return lax.select(norm < c.clip_norm, x, scaled)
 
   return jax.tree.map(clip, tree)
+
+
+def _match(tree: Any, norm: jax.Array, wanted: jax.Array) -> Any:
+  """Scales a tree of that norm to another; one of norm 0 stays."""
+  factor = jnp.where(norm > 0, wanted / norm, 1.0)
+  return jax.tree.map(lambda x: x * factor.astype(x.dtype), tree)
 
 
 def _clip_and_power(

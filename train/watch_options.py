@@ -18,3 +18,5 @@ class WatchOptions:
   profile: tuple[int, int] | None = None
   """First step and number of steps to trace, for xprof, into the run
   directory's `profile/`."""
+  quiet: bool = False
+  """Shows nothing."""
