@@ -4,7 +4,8 @@ What the paper fixes is kept (`train/paper.py`): AdamW's constants, 20 tokens a
 parameter, warm-up over a thirtieth of the steps, the final learning rate, a
 SwiGLU of 4 d_model, cosine for dense models and 'wsd' for experts. What has to
 shrink is ours: vocabulary, length, batch, width of a head, and with them the
-learning rate, the best for AdamW alone of a grid (docs/lab-log.md).
+learning rate, the best for AdamW alone of a grid (docs/lab-log.md). Without the
+power: arms of a comparison add it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Arms: what each side of a comparison changes of a recipe, and nothing else."""
+"""Arms: what each side of a comparison changes of a recipe."""
 
 import dataclasses
 import re

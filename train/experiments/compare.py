@@ -100,9 +100,7 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
   status = 0
   try:
     if new:
-      status = experiment.run_missing(
-        new, store, request.out / 'runs', engine
-      )
+      status = experiment.run_missing(new, store, request.out / 'runs', engine)
   finally:
     if main:
       result = _result(request, plan, store)
@@ -225,9 +223,7 @@ def _result(
       arm.name,
       arm.overrides,
       {
-        cell.seed: store.get(cell.key)
-        for cell in cells
-        if cell.arm == arm.name
+        cell.seed: store.get(cell.key) for cell in cells if cell.arm == arm.name
       },
     )
     for arm in arms

@@ -24,7 +24,6 @@ def add(commands) -> None:
   parser.add_argument(
     '--arm',
     action='append',
-    default=[],
     metavar='NAME[:field=value,...]',
     help='give at least two; the first is the baseline, the second against it '
     'the headline. Short for fields: power or p, lr, eps, wd, optimizer',
@@ -32,7 +31,6 @@ def add(commands) -> None:
   parser.add_argument(
     '--control',
     action='append',
-    default=[],
     metavar='NAME',
     help='adds arms that take away what else the power changes: lr-matched, '
     'lr-measured, lr-tuned, eps-matched, norm-matched',
@@ -88,19 +86,19 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def _call(options: argparse.Namespace) -> int:
   from train.experiments import arms, compare, controls, experiment, workers
 
-  for name in options.control:
+  for name in options.control or ():
     if name not in controls.NAMES:
       raise UserError(
         f'--control {name}: there are {", ".join(controls.NAMES)}'
       )
   request = compare.Request(
     recipe=options.recipe,
-    config=cli.config(options.recipe, options),
-    arms=arms.parse_all(options.arm),
+    config=experiment.base_config(options.recipe, options),
+    arms=arms.parse_all(options.arm or []),
     seeds=options.seeds,
     out=options.out,
     store=options.store,
-    controls=tuple(dict.fromkeys(options.control)),
+    controls=tuple(dict.fromkeys(options.control or ())),
     headline=options.headline,
     rates=options.lr_grid,
     noise_run=options.noise_run,

@@ -90,7 +90,9 @@ def pairs(
 ) -> list[Pair]:
   """Compares arms, and adjusts their p-values for each other."""
   found = [_pair(arms[arm], arms[baseline]) for arm, baseline in wanted]
-  adjusted = paired.holm([p.paired and p.paired.p_value for p in found])
+  adjusted = paired.holm(
+    [p.paired.p_value if p.paired else None for p in found]
+  )
   return [
     dataclasses.replace(pair, p_holm=p)
     for pair, p in zip(found, adjusted, strict=True)
@@ -118,6 +120,7 @@ def _pair(arm: ArmResult, baseline: ArmResult) -> Pair:
   of_arm = [arm.seeds[seed] for seed in seeds]
   of_base = [baseline.seeds[seed] for seed in seeds]
   tokens = of_base[0]['validation'][-1][1] if of_base and of_base[0] else None
+  target = np.mean([theirs[s] for s in seeds]) if seeds else None
   mixed = [
     name
     for name in ('device', 'versions')
@@ -130,7 +133,7 @@ def _pair(arm: ArmResult, baseline: ArmResult) -> Pair:
     seeds,
     paired.difference([ours[s] for s in seeds], [theirs[s] for s in seeds]),
     None,
-    _reaches(arm, seeds, np.mean([theirs[s] for s in seeds])) if seeds else None,
+    None if target is None else _reaches(arm, seeds, float(target)),
     tokens,
     {each.name: each.diverged() for each in (arm, baseline)},
     ' and '.join(mixed),

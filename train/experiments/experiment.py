@@ -1,5 +1,6 @@
-"""An experiment: cells that are to be run, what they cost, and their running."""
+"""Experiments: cells that are to be run, what they cost, and their running."""
 
+import argparse
 import dataclasses
 import functools
 import logging
@@ -60,6 +61,19 @@ def jobs(wanted: int | None) -> int:
       )
     return 1
   return wanted or one_cell.cores()
+
+
+def base_config(recipe: str, options: argparse.Namespace) -> Config:
+  """A recipe's config as arms change it: without the power, unless asked for.
+
+  Raises:
+    UserError: there is no such recipe, or the options make no valid config.
+  """
+  config = cli.config(recipe, options)
+  if hasattr(options, 'optimizer.power'):
+    return config
+  plain = dataclasses.replace(config.optimizer, power=1.0)
+  return dataclasses.replace(config, optimizer=plain)
 
 
 @functools.lru_cache(maxsize=64)
@@ -199,7 +213,9 @@ def run_missing(
     if distributed.is_main():
       store.put(new[i].key, record)
       spent = time.monotonic() - begun
-      left = spent / done * (len(new) - done)
+      # At first, others are about to end as well.
+      ended = max(done, min(engine.workers, len(new)))
+      left = spent / ended * (len(new) - done)
       print(
         f'[{done}/{len(new)}] {new[i].label}: {_end(record)}'
         + (f'; about {duration(left)} left' if done < len(new) else ''),

@@ -1,4 +1,4 @@
-"""Moments of gradients that a run has measured: `python -m train run --noise N`."""
+"""Moments of gradients that a run with --noise has measured."""
 
 import math
 import pathlib

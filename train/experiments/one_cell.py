@@ -159,9 +159,9 @@ def machine() -> str:
   if device.platform != 'cpu':
     return f'{jax.device_count()} x {device.device_kind}'
   name = platform.processor() or platform.machine()
-  with contextlib.suppress(OSError, IndexError):
+  with contextlib.suppress(OSError, StopIteration):
     info = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    name = [line for line in info if line.startswith('model name')][0]
+    name = next(line for line in info if line.startswith('model name'))
     name = name.partition(':')[2].strip()
   return f'{name}, {cores()} {"core" if cores() == 1 else "cores"}'
 
