@@ -105,9 +105,13 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
 .tight .summary { font-size: 14px; }
 .tight .summary th, .tight .summary td { padding: 8px; }
 .tight .summary th.arm { box-shadow: none; }
+.tight .summary thead th { overflow-wrap: normal; }
+.tight small { font-weight: 400; }
 .scroll { overflow-x: auto; margin: 14px 0; font-size: 14px;
   overflow-wrap: normal; }
 .scroll th, .scroll td { padding: 5px 10px; white-space: nowrap; }
+.scroll tbody th { white-space: normal; min-width: 9em;
+  overflow-wrap: anywhere; }
 .scroll caption { position: sticky; left: 0; }
 .note { color: var(--soft); font-size: 14px; margin: 0 0 10px; }
 .alone { margin-top: 18px; }
@@ -154,8 +158,8 @@ pre { background: var(--card); border: 1px solid var(--edge);
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { background: none; font-size: 11px; }
   main { padding: 0; max-width: none; }
-  .summary, .differ, .scroll, .events, .sections table, figcaption, .legend, caption,
-  aside { font-size: 12px; }
+  .summary, .differ, .scroll, .events, .sections table, figcaption, .legend,
+  caption, aside { font-size: 12px; }
   thead th, small, code { font-size: 11px; }
   h2 { break-after: avoid; margin-top: 20px; }
   figure, aside, tr, .events { break-inside: avoid; }

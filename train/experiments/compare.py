@@ -218,16 +218,13 @@ def _result(
 ) -> comparison.Comparison:
   arms = [Arm(name, over) for name, over in plan['arms'].items()]
   cells = experiment.cells(arms, plan['seeds'], request.config)
-  results = {
-    arm.name: comparison.ArmResult(
-      arm.name,
-      arm.overrides,
-      {
-        cell.seed: store.get(cell.key) for cell in cells if cell.arm == arm.name
-      },
+  results = {}
+  for arm in arms:
+    own = {cell.seed: cell.key for cell in cells if cell.arm == arm.name}
+    records = {seed: store.get(key) for seed, key in own.items()}
+    results[arm.name] = comparison.ArmResult(
+      arm.name, arm.overrides, records, own
     )
-    for arm in arms
-  }
   pairs = [(arm, baseline) for arm, baseline in plan['pairs']]
   tuned = {
     name: best.name

@@ -3,9 +3,13 @@
 import argparse
 import shlex
 import sys
+import typing
 
 from train import cli
 from train.errors import UserError
+
+if typing.TYPE_CHECKING:
+  from train.experiments.experiment import Engine
 
 _DONE = 0
 _MOST_SEEDS = 1000
@@ -79,12 +83,19 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     help='cells at once; default: on a CPU one a core, else 1',
   )
   parser.add_argument(
+    '--engine',
+    choices=('local', 'ray'),
+    default='local',
+    help="ray: on the cluster that RAY_ADDRESS names; needs the 'ray' extra; "
+    'default: local',
+  )
+  parser.add_argument(
     '--dry-run', action='store_true', help='prints plan and cost, and ends'
   )
 
 
 def _call(options: argparse.Namespace) -> int:
-  from train.experiments import arms, compare, controls, experiment, workers
+  from train.experiments import arms, compare, controls, experiment
 
   for name in options.control or ():
     if name not in controls.NAMES:
@@ -104,8 +115,27 @@ def _call(options: argparse.Namespace) -> int:
     noise_run=options.noise_run,
     command=command(),
   )
-  engine = workers.Local(experiment.jobs(options.jobs))
-  return compare.run(request, engine, dry=options.dry_run)
+  return compare.run(request, engine(options), dry=options.dry_run)
+
+
+def engine(options: argparse.Namespace) -> 'Engine':
+  """Where the cells are run, as the options of `add_common` say.
+
+  Raises:
+    UserError: the engine is not installed, or cannot be reached.
+  """
+  from train.experiments import experiment, workers
+
+  if options.engine == 'local':
+    return workers.Local(experiment.jobs(options.jobs))
+  if options.jobs is not None:
+    raise UserError(
+      '--jobs is of --engine local: Ray runs as many cells at once as the '
+      'cluster has room for'
+    )
+  from train.experiments import ray_engine
+
+  return ray_engine.Ray()
 
 
 def command() -> str:

@@ -20,6 +20,8 @@ class ArmResult:
   """What it changes of the recipe, by dotted path."""
   seeds: Mapping[int, Record | None]
   """None where the cell has not been run."""
+  cells: Mapping[int, str] = dataclasses.field(default_factory=dict)
+  """What each is known by in the store."""
 
   def losses(self) -> dict[int, float]:
     """Final validation loss by seed, of those that have one."""
@@ -188,6 +190,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
           str(seed): {
             'validation_loss': record and record['validation_loss'],
             'status': record['status'] if record else 'not run',
+            'cell': arm.cells.get(seed),
           }
           for seed, record in arm.seeds.items()
         },

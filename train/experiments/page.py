@@ -109,9 +109,8 @@ def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
       yield f'{arm} and {baseline} ended with the same loss in every seed.'
     elif told == 'cannot be told':
       yield (
-        f'{f"{where}{unknown}" if where else f"W{unknown[1:]}"}: '
-        f'the mean paired difference is {charts.signed(p.mean)} nats a token, '
-        f'and its 95 % interval, {span(p.ci95)}, holds zero.'
+        f'{_capital(where + unknown)}: the 95 % interval of the mean paired '
+        'difference holds zero.'
       )
     else:
       side = 'lower' if told == 'better' else 'higher'
@@ -127,10 +126,10 @@ def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
       f'{span(p.ci95)}, n = {p.n} seeds; {tests}.'
     )
   if diverged:
-    words = ', '.join(f'{each} in {n}' for each, n in diverged.items())
+    words = ' and '.join(f'{each} in {n}' for each, n in diverged.items())
     yield (
-      f'Of {planned} seeds {words} diverged; they are in no mean, so the '
-      'difference does not tell what that costs.'
+      f'Cells diverged, of {planned} seeds: {words}. They are in no mean, and '
+      'the difference does not tell what they cost.'
     )
   waiting = sum(
     any(
@@ -167,8 +166,8 @@ def _planned(comparison: Comparison, pair: Pair) -> int:
 
 
 _HEADS = (
-  'Arm against baseline', 'n', 'Mean difference', 'Standard deviation',
-  '95 % interval', 'p, paired t', 'p, sign flip', 'p, Holm',
+  'Arm against baseline', 'n', 'Mean', 'sd',
+  '95 % interval', 'p, t-test', 'p, sign flip', 'p, Holm',
   "Tokens to baseline's loss", 'Diverged',
 )  # fmt: skip
 
@@ -205,6 +204,7 @@ def _pairs(comparison: Comparison) -> str:
     'token: negative where the arm is better. Better or worse is said where p '
     f'is below {_LEVEL:g}: after Holm, for the number of pairs in this table; '
     'by the paired t-test itself where the pair was named before it was run. '
+    'sd is that of the differences over seeds. '
     "Sign flips are tested from eight seeds on. Tokens: where the arm's mean "
     "curve comes down to the baseline's final loss, of the baseline's tokens."
   )

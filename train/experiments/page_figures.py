@@ -183,7 +183,9 @@ def _losses(
   if not edges:
     return ''
   x = _tokens_axis(edges)
-  text = f'Means over {_seeds(counts)}. The range fits all but the first tenth.'
+  text = (
+    f'Means over {_seeds(counts)}. The range fits all but the first quarter.'
+  )
   if max(counts) > 1:
     text += (
       f' {_BAND} It holds what the seeds change in all arms alike, which the '
@@ -197,7 +199,9 @@ def _losses(
     len(arms), len(comparison.arms), 'arms',
     'those of the headline, baselines, and the lowest final losses',
   )  # fmt: skip
-  y = charts.y_axis('Validation loss, nats per token', _fit(edges, 0.1, x.high))
+  y = charts.y_axis(
+    'Validation loss, nats per token', _fit(edges, 0.25, x.high)
+  )
   label = f'Mean validation loss by training tokens; {"; ".join(ends)}.'
   drawn_ = plots.plot(label, x, y, items)
   legend = charts.legend(names)
@@ -272,9 +276,12 @@ def _by_seed(comparison: Comparison, colours: Mapping[str, int]) -> str:
     # A seed without an end keeps its place, so that dots join by seed.
     found = [plots.Estimate(losses.get(seed, math.nan)) for seed in seeds]
     values += losses.values()
-    text = f'mean {arm.mean:.4f}' if math.isfinite(arm.mean) else ''
+    # Means over other seeds would be compared as if they were over the same.
+    text = f'{len(losses)} of {len(seeds)} seeds'
+    if len(losses) == len(seeds):
+      text = f'mean {arm.mean:.4f}'
     if diverged := arm.diverged():
-      text = f'{diverged} diverged'
+      text += f', {diverged} diverged'
     rows.append(plots.Row(arm.name, found, colours.get(arm.name), text))
   x = charts.y_axis('Final validation loss, nats per token', values)
   label = f'Final validation loss of {len(arms)} arms on {len(seeds)} seeds.'

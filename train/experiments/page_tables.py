@@ -44,10 +44,12 @@ def cards(
 
 
 def status_of(record: Record | None) -> str:
+  """What has become of a cell."""
   return record['status'] if record else 'not run yet'
 
 
 def cell_table(comparison: Comparison) -> str:
+  """Every cell: what it gave, where and with what."""
   cells = [
     (arm.name, seed, record)
     for arm in comparison.arms.values()
@@ -63,7 +65,7 @@ def cell_table(comparison: Comparison) -> str:
     seconds = sum(record.get('seconds') or 0.0 for record in records)
     flops = sum(record.get('flops') or 0.0 for record in records)
     caption += (
-      f'. Training took {duration(seconds)} and {flops:.2g} FLOPs in all.'
+      f'. Their steps took {duration(seconds)} and {flops:.2g} FLOPs in all.'
     )
   sets = list(dict.fromkeys(_versions(record) for record in records))
   rows = [
@@ -133,6 +135,7 @@ def _version_table(sets: Sequence[str]) -> str:
 
 
 def configuration(comparison: Comparison) -> str:
+  """What the arms change, and what all share."""
   arms = list(comparison.arms.values())
   configs = [_config(arm) for arm in arms]
   known = [config for config in configs if config is not None]
@@ -187,6 +190,7 @@ def _flat(values: Mapping[str, Any], prefix: str = '') -> Any:
 
 
 def as_text(value: Any) -> str:
+  """A value of a record as people and JSON write it."""
   if isinstance(value, str) and value:
     return value
   return json.dumps(value, sort_keys=True)

@@ -108,7 +108,7 @@ def test_the_table_and_the_file_hold_the_pairs():
   values = comparison.to_json(result)
   assert values['headline'] == ['p12', 'base']
   assert values['arms']['p12']['seeds']['1'] == {
-    'validation_loss': 2.8, 'status': 'done',
+    'validation_loss': 2.8, 'status': 'done', 'cell': None,
   }  # fmt: skip
   assert values['arms']['new']['seeds']['0']['status'] == 'not run'
   line = values['paired'][0]
