@@ -4,8 +4,9 @@ What the paper fixes is kept (`train/paper.py`): AdamW's constants, 20 tokens a
 parameter, warm-up over a thirtieth of the steps, the final learning rate, a
 SwiGLU of 4 d_model, cosine for dense models and 'wsd' for experts. What has to
 shrink is ours: vocabulary, length, batch, width of a head, and with them the
-learning rate, the best for AdamW alone of a grid (docs/lab-log.md). Without the
-power: arms of a comparison add it.
+learning rate, for AdamW alone the best of a grid at `dense_0.25m`
+(docs/lab-log.md) and else that over the width. Without the power: arms of a
+comparison add it.
 """
 
 import math
@@ -20,6 +21,7 @@ VOCABULARY = 512
 """Tokens of a byte-level BPE, trained on the text."""
 _WARMUP = 1 / 30  # 1,000 of about 30,000 steps: 0.2B at batch 512 [P].
 _EVALUATIONS = 8
+_KNOWN_RATE, _ITS_WIDTH = 8e-3, 64
 
 
 def _dense(d_model: int, n_layers: int) -> LlamaConfig:
@@ -84,7 +86,7 @@ def config(name: str, schedule: str | None = None) -> Config:
     ),
     optimizer=OptimizerConfig(
       power=1.0,
-      learning_rate=4e-3,
+      learning_rate=_KNOWN_RATE * _ITS_WIDTH / model.d_model,
       schedule=schedule or ('cos' if name in DENSE else 'wsd'),
       final_lr_ratio=1 / 10,
       warmup_steps=round(_WARMUP * steps),

@@ -29,6 +29,7 @@ from train.watch_options import WatchOptions
 _POINTS = 100  # Of the training loss.
 _PROBE = 20.0  # Seconds that timing a step takes, at most.
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_CODE = 'gradpower_optax', 'models', 'train', ':!train/experiments'
 
 
 def train(
@@ -174,11 +175,17 @@ def cores() -> int:
 
 
 def commit() -> str:
-  """Names the code, where git knows it; '+' where files have changed since."""
+  """Names the code that trains: its last commit, '+' where it is another."""
   try:
-    return subprocess.run(
-      ['git', 'describe', '--always', '--dirty=+', '--exclude=*'],
-      cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10,
-    ).stdout.strip()  # fmt: skip
+    last = _git('log', '-1', '--format=%h')
+    return last + '+' * bool(_git('status', '--porcelain'))
   except (OSError, subprocess.SubprocessError):
     return ''
+
+
+def _git(*argv: str) -> str:
+  """What git says of the code that the numbers follow from."""
+  return subprocess.run(
+    ['git', *argv, '--', *_CODE],
+    cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10,
+  ).stdout.strip()  # fmt: skip
