@@ -10,8 +10,8 @@ of sums, and knows of no model:
 >>> for key in jax.random.split(jax.random.key(0), 8):
 ...   stats = noise.update(stats, {'w': 0.5 + jax.random.normal(key, (64, 64))})
 >>> found = noise.summarize(stats).overall
->>> print(f'{found.noise_to_signal:.1f}, p = {found.power:.1f}')
-2.0, p = 1.1
+>>> print(f'{found.noise_to_signal:.1f} {found.noise_scale:.0f}')
+2.0 4
 
 The moments of one element over k gradients are poor; only averages over many
 elements are reported. What the power is to be judged by,
@@ -312,8 +312,8 @@ def _blocks(x, blocks=16):
   """Sums over blocks along the last axis; one of all might round too much."""
   x = jnp.atleast_1d(x).astype(jnp.float32)
   x = jnp.sum(x, tuple(range(x.ndim - 1)))
-  block = jnp.arange(x.size) * blocks // x.size
-  return jnp.stack([jnp.sum(x, where=block == i) for i in range(blocks)])
+  which = jnp.arange(x.size) * blocks // x.size == jnp.arange(blocks)[:, None]
+  return jnp.sum(jnp.where(which, x, 0), 1)
 
 
 @np.errstate(divide='ignore', invalid='ignore')
@@ -327,7 +327,7 @@ def _noise(x, powers, count, parts, examples) -> Noise:
 
   group = (lambda y: y.sum(1)) if len(x['size']) >= 8 else np.concatenate
   seen, s = group(x['seen']), group(x['s'])
-  seen, s = seen[seen > 0], s[seen > 0]
+  seen, s = (y[(seen > 0) | ~seen.any()] for y in (seen, s))
   bias = np.array([*map(_gaussian_bias, powers)]) / count
   unbiased = lambda s: s + bias * s * (1 - s)
   mean = unbiased(s.sum(0) / seen.sum())
