@@ -79,7 +79,7 @@ def reference(samples, parts=1, eps=1e-8, clip_norm=np.inf):
   return found
 
 
-@pytest.mark.parametrize('count', [4, 33])
+@pytest.mark.parametrize('count', [4, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('mean', [0.0, 1.0, 30.0])
 def test_equals_numpy(count, mean):
   key = jax.random.key(count)
@@ -198,7 +198,9 @@ def test_errors_are_those_of_repeated_draws():
   assert 0.5 < np.mean([x.u_error[1] for x in found]) / spread < 2
 
 
-@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+@pytest.mark.parametrize(
+  'kind', [pytest.param('Auto', marks=pytest.mark.slow), 'Explicit']
+)
 def test_sharded_gradients_give_the_same(kind):
   if len(jax.devices()) < 8:
     pytest.skip('needs 8 devices; tests/conftest.py asks for fake ones')
