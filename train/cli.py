@@ -118,9 +118,11 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
   """Returns a config with fields changed, 'optimizer.power' to its value.
 
   Raises:
-    UserError: a field is none of its model's, or the values do not make a
-      valid config.
+    UserError: there is no such field, it is none of its model's, or the values
+      do not make a valid config.
   """
+  for path in values:
+    _check_field(path, ())
   return with_options(config, argparse.Namespace(**values))
 
 
@@ -135,17 +137,21 @@ def value(path: str, text: str, also: Sequence[str] = ()) -> Any:
   Raises:
     UserError: there is no such field, or the text is no such value.
   """
-  kinds = _options()
-  if path not in kinds:
-    near = difflib.get_close_matches(path, [*kinds, *also], n=3, cutoff=0.5)
-    hint = f': did you mean {" or ".join(near)}?' if near else ''
-    raise UserError(f'there is no field {path!r}{hint}')
-  kind = kinds[path]
+  _check_field(path, also)
+  kind = _options()[path]
   convert = _SPECIAL[kind][0] if kind in _SPECIAL else _converter(kind)
   try:
     return convert(text)
   except argparse.ArgumentTypeError as error:
     raise UserError(f'{path}: {error}') from None
+
+
+def _check_field(path: str, also: Sequence[str]) -> None:
+  kinds = _options()
+  if path not in kinds:
+    near = difflib.get_close_matches(path, [*kinds, *also], n=3, cutoff=0.5)
+    hint = f': did you mean {" or ".join(near)}?' if near else ''
+    raise UserError(f'there is no field {path!r}{hint}')
 
 
 def say(text: str) -> None:

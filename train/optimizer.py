@@ -1,5 +1,7 @@
 """A config as an optax chain, in the documented order: clip, power, optimizer.
 
+After it, where asked for, the multiples of Blockwise LR.
+
 `docs/order.md` has the reasons for the order and the measurements.
 """
 
@@ -15,7 +17,9 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers
 
 from gradpower_optax import muon, sign_power
+from gradpower_optax.blockwise import scale_by_blockwise
 from models import sharding
+from models.blocks import blocks
 from models.matrices import Matrix, matrices
 from train.config import Config, OptimizerConfig
 
@@ -78,8 +82,8 @@ def make_optimizer(
 
   Args:
     config: The run.
-    model: Abstract, of whose parameters Muon takes the matrices; AdamW need not
-      know it.
+    model: Abstract, of whose parameters Muon takes the matrices and
+      `blockwise` the blocks; AdamW alone need not know it.
     mesh: Where the parameters lie, if on several devices.
   """
   c = config.optimizer
@@ -115,6 +119,22 @@ def _base(
   config: Config, model: nnx.Module | None, mesh: Mesh | None
 ) -> optax.GradientTransformation:
   """What takes the powered gradients."""
+  c = config.optimizer
+  optimizer = _adamw_or_muon(config, model, mesh)
+  if not c.blockwise:
+    return optimizer
+  if model is None:
+    raise ValueError('blockwise needs the model: which parameter is of which')
+  steps = config.steps if c.schedule == 'wsd' else None
+  # Weight decay is multiplied too: a block has a learning rate of its own.
+  return optax.chain(
+    optimizer, scale_by_blockwise(blocks(model), c.warmup_steps, steps)
+  )
+
+
+def _adamw_or_muon(
+  config: Config, model: nnx.Module | None, mesh: Mesh | None
+) -> optax.GradientTransformation:
   c = config.optimizer
   rate = schedule(c, config.steps)
   adamw = optax.adamw(

@@ -68,6 +68,11 @@ def test_what_is_no_arm(texts, message):
   assert '\n' not in str(caught.value)
 
 
+def test_a_field_that_is_gone_is_not_passed_over():
+  with pytest.raises(UserError, match=r"no field 'optimizer\.glory'"):
+    arms.Arm('a', {'optimizer.glory': 1}).config(recipes.demo())
+
+
 def test_an_arm_of_values_that_do_not_go_together_is_named():
   with pytest.raises(UserError, match=r'arm a: --optimizer\.power must be '):
     arms.parse('a:p=-1').config(recipes.demo())
