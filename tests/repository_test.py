@@ -101,18 +101,21 @@ def test_links_lead_somewhere(page):
       assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize('page', ['cli.md', 'data.md'])
+@pytest.mark.parametrize('page', ['cli.md', 'data.md', 'experiments.md'])
 def test_every_option_in_a_page_exists(page):
   from train import cli, prepare_command
+  from train.experiments import compare_command, figure_command, sweep_command
 
   parser = cli.Parser()
   cli.add_config_options(parser)
   commands = cli.Parser().add_subparsers()
-  prepare_command.add(commands)
-  prepare = commands.choices['prepare']
+  for command in (
+    compare_command, figure_command, prepare_command, sweep_command,
+  ):  # fmt: skip
+    command.add(commands)
   known = {
     text
-    for each in (parser, prepare)
+    for each in (parser, *commands.choices.values())
     for action in each._actions
     for text in action.option_strings
   }
