@@ -23,6 +23,9 @@ DONE, DIVERGED = 'done', 'diverged'
 _FREE = ('accumulate', 'deterministic', 'keep', 'mesh', 'save_every')
 # Of the data: the rest is in the hash of the text, vocabulary and split.
 _OF_DATA = ('batch_size', 'layout', 'sequence_length', 'validation_tokens')
+# Of a record: what is read of it, beside the loss.
+_NEEDED = ('source_hash', 'validation', 'train', 'parameters', 'flops',
+           'seconds', 'device', 'versions')  # fmt: skip
 
 Record = dict[str, Any]
 """What is kept of a cell; docs/experiments.md has its fields."""
@@ -114,7 +117,7 @@ def _read(path: pathlib.Path) -> Record:
     config_lib.from_dict(record['config'])
     if record['status'] not in (DONE, DIVERGED):
       raise ValueError(f'the status is {record["status"]!r}')
-    for name in ('source_hash', 'validation', 'train'):
+    for name in _NEEDED:
       record[name]
     if record['status'] == DONE:
       float(record['validation_loss'])

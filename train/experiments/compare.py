@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from train import cli, distributed, storage
@@ -23,7 +23,7 @@ from train.experiments import (
   page,
 )
 from train.experiments.arms import Arm
-from train.experiments.cells import Store
+from train.experiments.cells import Cell, Store
 
 _PLAN, _RESULTS, _PAGE = 'plan.json', 'results.json', 'report.html'
 _TUNED = (
@@ -86,24 +86,32 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
   cells = experiment.cells(design.arms, request.seeds, request.config)
   store = Store(request.store or request.out / 'cells')
   new = experiment.missing(cells, store)
-  plan = _plan(request, design)
+  plan = _plan(request, design, _finished(cells, store))
   main = distributed.is_main()
   if main:
     arm, baseline = plan['headline']
-    cli.say(f'headline: {arm} against {baseline}, named before it is run')
+    seen = plan.get('seen', 0)
+    cli.say(
+      f'headline: {arm} against {baseline}, '
+      + (f'named when {seen} of its pairs were finished' if seen
+         else 'named before it is run')
+    )  # fmt: skip
+  if not dry:
+    with distributed.together():
+      if main:
+        _write(request.out / _PLAN, plan)
   experiment.say_budget(cells, new, store, engine.workers)
   if dry:
     return 0
-  with distributed.together():
-    if main:
-      _write(request.out / _PLAN, plan)
   status = 0
   try:
     if new:
       status = experiment.run_missing(new, store, request.out / 'runs', engine)
   finally:
     if main:
-      result = _result(request, plan, store)
+      # Another call may have added arms, seeds and cells meanwhile.
+      plan = _read_plan(request.out / _PLAN) or plan
+      result = _result(request, plan, Store(store.directory))
       _write(request.out / _RESULTS, comparison.to_json(result))
       page.write(request.out / _PAGE, result)
   if main:
@@ -143,8 +151,21 @@ def _design(request: Request) -> _Design:
   return _Design(arms, pairs, tuned)
 
 
-def _plan(request: Request, design: _Design) -> dict[str, Any]:
+def _finished(cells: Sequence[Cell], store: Store) -> set[tuple[str, int]]:
+  """Arm and seed of the cells that there are."""
+  return {(c.arm, c.seed) for c in cells if store.get(c.key) is not None}
+
+
+def _plan(
+  request: Request, design: _Design, finished: Set[tuple[str, int]]
+) -> dict[str, Any]:
   """What plan.json is to hold: what it held, and what is asked for now.
+
+  Args:
+    request: What is asked for.
+    design: All of it.
+    finished: Arm and seed of the cells that there are: a headline that is named
+      now might have been chosen for them.
 
   Raises:
     UserError: it is that of another comparison.
@@ -164,6 +185,9 @@ def _plan(request: Request, design: _Design) -> dict[str, Any]:
     'recipe': request.recipe,
     'headline': named,
     'named': _now(),
+    'seen': sum(
+      {(name, seed) for name in named} <= finished for seed in request.seeds
+    ),
     'config': wanted,
     'arms': {},
     'seeds': [],
@@ -246,6 +270,7 @@ def _result(
     pairs=comparison.pairs(results, pairs),
     headline=(plan['headline'][0], base),
     notes=notes,
+    seen=plan.get('seen', 0),
     command=request.command,
     tuned=tuned,
   )

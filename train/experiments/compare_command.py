@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import typing
+from collections.abc import Sequence
 
 from train import cli
 from train.errors import UserError
@@ -148,15 +149,16 @@ def seeds(text: str) -> tuple[int, ...]:
   try:
     if ':' in text:
       first, last = map(int, text.split(':'))
-      found = tuple(range(first, last))
+      asked: Sequence[int] = range(first, last)
     elif ',' in text:
-      found = tuple(int(part) for part in text.split(',') if part)
+      asked = [int(part) for part in text.split(',') if part]
     else:
-      found = tuple(range(int(text)))
+      asked = range(int(text))
   except ValueError:
     raise argparse.ArgumentTypeError(
       f'{text!r} is neither a number of seeds, nor A:B, nor A,B'
     ) from None
+  found = tuple(asked[: _MOST_SEEDS + 1])  # A range may be too long for a list.
   if not found or min(found) < 0 or len(found) > _MOST_SEEDS:
     raise argparse.ArgumentTypeError(
       f'{text!r} is not between 1 and {_MOST_SEEDS} seeds from 0 on'

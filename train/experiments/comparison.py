@@ -68,7 +68,7 @@ class Pair:
   """Cells of either arm that diverged, by its name; they are in no mean."""
   mixed: str = ''
   """In what the two cells of a seed differ beside the arm: 'device',
-  'versions'."""
+  'versions', 'code'."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Comparison:
   notes: Sequence[str] = ()
   command: str = ''
   """What runs it again."""
+  seen: int = 0
+  """Pairs of the headline that were finished when it was named."""
   tuned: Mapping[str, str] = dataclasses.field(default_factory=dict)
   """Arm to that of its learning rates with the lowest mean loss."""
 
@@ -125,10 +127,13 @@ def _pair(arm: ArmResult, baseline: ArmResult) -> Pair:
   target = np.mean([theirs[s] for s in seeds]) if seeds else None
   mixed = [
     name
-    for name in ('device', 'versions')
-    if any(a[name] != b[name] for a, b in zip(of_arm, of_base, strict=True)
-           if a and b)
-  ]  # fmt: skip
+    for name in ('device', 'versions', 'code')
+    if any(
+      a.get(name) != b.get(name)
+      for a, b in zip(of_arm, of_base, strict=True)
+      if a and b
+    )
+  ]
   return Pair(
     arm.name,
     baseline.name,
@@ -183,6 +188,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
   return {
     'title': comparison.title,
     'headline': comparison.headline and list(comparison.headline),
+    'headline_seen': comparison.seen,
     'arms': {
       arm.name: {
         'overrides': dict(arm.overrides),

@@ -51,17 +51,20 @@ _LOG_ROOT_PI = math.lgamma(0.5)
 def _lr_matched(
   base: Arm, arm: Arm, config: Config, shrinks: Mapping[float, float] | None
 ) -> Controlled:
-  p = arm.config(config).optimizer.power
-  r = effective_step(p)
-  tag = 'lr'
-  if shrinks is not None:
-    tag = 'measured-lr'
+  tag = 'lr' if shrinks is None else 'measured-lr'
+
+  def step(of: Arm) -> float:
+    p = of.config(config).optimizer.power
+    if shrinks is None:
+      return effective_step(p)
     if p not in shrinks:
       known = ', '.join(f'{p:g}' for p in shrinks)
       raise UserError(
         f'--noise-run has no moments of p = {p:g}, only of {known}'
       )
-    r = shrinks[p]
+    return shrinks[p]
+
+  r = step(arm) / step(base)  # The baseline may be behind a power too.
   slow = _at_rate(base, f'{base.name}-{tag}-of-{arm.name}', config, r)
   fast = _at_rate(arm, f'{arm.name}-{tag}', config, 1 / r)
   return Controlled(
@@ -74,7 +77,8 @@ def _eps_matched(
 ) -> Controlled:
   del shrinks
   c = arm.config(config).optimizer
-  new = arm.but(f'{arm.name}-eps', eps=c.eps**c.power)
+  plain = base.config(config).optimizer.power
+  new = arm.but(f'{arm.name}-eps', eps=c.eps ** (c.power / plain))
   return Controlled((new,), ((new.name, base.name),))
 
 

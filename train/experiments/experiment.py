@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,6 +213,9 @@ def run_missing(
     done += 1
     if distributed.is_main():
       store.put(new[i].key, record)
+      # Not before: a cell whose record is lost would be run again. A leftover
+      # costs room alone.
+      shutil.rmtree(runs / new[i].key, ignore_errors=True)
       spent = time.monotonic() - begun
       # At first, others are about to end as well.
       ended = max(done, min(engine.workers, len(new)))

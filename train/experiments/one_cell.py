@@ -1,11 +1,11 @@
 """Trains one cell, and says what is kept of it."""
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def train(
 
   Args:
     cell: What to train.
-    directory: Of its run; removed once the record is made.
+    directory: Of its run; it stays, for who keeps the record to remove.
     watch: How it is shown.
 
   Returns:
@@ -49,6 +49,7 @@ def train(
   Raises:
     UserError: the input is at fault, or the end cannot be saved.
   """
+  commit()  # As it is when the code is read, not hours later.
   try:
     result = loop.run(
       cell.config, epath.Path(directory), name=cell.label, watch=watch
@@ -68,10 +69,7 @@ def train(
     }
   if not distributed.is_main():
     return {}
-  record = _record(cell, read_run(cell.label, epath.Path(directory)), end)
-  # A leftover costs room alone.
-  shutil.rmtree(directory, ignore_errors=True)
-  return record
+  return _record(cell, read_run(cell.label, epath.Path(directory)), end)
 
 
 def seconds_a_step(config: Config) -> float:
@@ -174,6 +172,7 @@ def cores() -> int:
   return os.cpu_count() or 1
 
 
+@functools.cache
 def commit() -> str:
   """Names the code that trains: its last commit, '+' where it is another."""
   try:

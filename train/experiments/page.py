@@ -73,8 +73,14 @@ def _headline(comparison: Comparison) -> str:
     ),
     None,
   )
+  small = f'Named before it was run: {arm} against {baseline}'
+  if comparison.seen:
+    small = (
+      f'{arm} against {baseline}, named when {comparison.seen} of its pairs '
+      'were finished already: it may have been chosen for them'
+    )
   return _lead(
-    f'Named before it was run: {arm} against {baseline}',
+    small,
     *(_finding(comparison, pair) if pair else ('There is no such pair.',)),
   )
 
@@ -104,14 +110,15 @@ def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
     )
   else:
     assert p.ci95 is not None
-    told = verdict(pair, p.p_value)
+    # Chosen for its outcome, it is one of many.
+    told = verdict(pair, pair.p_holm if comparison.seen else p.p_value)
     if told == 'the same':
       yield f'{arm} and {baseline} ended with the same loss in every seed.'
     elif told == 'cannot be told':
-      yield (
-        f'{_capital(where + unknown)}: the 95 % interval of the mean paired '
-        'difference holds zero.'
-      )
+      reason = 'the 95 % interval of the mean paired difference holds zero'
+      if p.p_value is not None and p.p_value < _LEVEL:
+        reason = f'p after Holm, over all pairs here, is not below {_LEVEL:g}'
+      yield f'{_capital(where + unknown)}: {reason}.'
     else:
       side = 'lower' if told == 'better' else 'higher'
       yield (
@@ -177,7 +184,9 @@ def _pairs(comparison: Comparison) -> str:
     return ''
   rows = []
   for pair in comparison.pairs:
-    named = (pair.arm, pair.baseline) == comparison.headline
+    named = (
+      not comparison.seen and (pair.arm, pair.baseline) == comparison.headline
+    )
     p = pair.paired
     told = verdict(pair, (p.p_value if p else None) if named else pair.p_holm)
     remark = f'{told}; named before it was run' if named else told

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import operator
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +149,9 @@ def config(request: Request, point: Overrides) -> Config:
       for path in _BY_STEPS:
         value = _value(base, path)
         if value and path not in fixed:
-          changes[path] = max(1, round(value * share))
+          # As `batches.with_batch`: the same cells, and no token less.
+          whole = math.ceil if path == 'steps' else round
+          changes[path] = max(1, whole(value * share))
     return cli.with_values(base, changes)
   except UserError as error:
     raise UserError(f'point {label(point)}: {error}') from error

@@ -22,7 +22,8 @@ def record(cell=CELL, **fields):
   return {
     'status': 'done', 'validation_loss': 3.5, 'validation': [[1, 2, 3.5]],
     'train': [], 'config': config_lib.to_dict(cell.config),
-    'source_hash': cell.source_hash, **fields,
+    'source_hash': cell.source_hash, 'parameters': 1, 'flops': 1.0,
+    'seconds': 1.0, 'device': 'a machine', 'versions': {}, **fields,
   }  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def test_what_is_put_is_there_again(tmp_path):
     json.dumps(record(validation_loss='low')),
     json.dumps(record(config={})),
     json.dumps({k: v for k, v in record().items() if k != 'validation'}),
+    json.dumps({k: v for k, v in record().items() if k != 'device'}),
   ],
 )
 def test_a_file_that_is_no_cells_is_named(tmp_path, content):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from train.config import from_dict, to_dict
+from train.errors import UserError
 from train.experiments import one_cell
 from train.experiments.cells import Store
 
@@ -170,6 +171,79 @@ def refused(compare, capsys, *argv, **kwargs):
   return err[-1]
 
 
+def test_a_headline_named_afterwards_is_told(
+  quick, compare, results, tmp_path, capsys
+):
+  """A full store and a new directory do not make a choice a plan."""
+  shared = '--store', tmp_path / 'store', '--arm', 'p11:p=1.1'
+  assert compare(*ARMS, *shared) == 0
+  assert results()['headline_seen'] == 0
+  capsys.readouterr()
+  out = tmp_path / 'chosen'
+  argv = *ARMS, *shared, '--headline', 'p11', '--seeds', 5
+  for _ in range(2):  # It stays so when more seeds are there.
+    assert compare(*argv, out=out) == 0
+    said = capsys.readouterr().out
+    assert 'p11 against base, named when 3 of its pairs were finished' in said
+    assert 'before it is run' not in said
+    found = json.loads((out / 'results.json').read_text())
+    assert found['headline_seen'] == 3
+  page = (out / 'report.html').read_text()
+  assert 'it may have been chosen for them' in page
+  assert 'Named before it was run' not in page
+  # An arm that was not there is named before it is run.
+  fresh = '--arm', 'base', '--arm', 'p13:p=1.3', *shared[:2]
+  assert compare(*fresh, out=tmp_path / 'new') == 0
+  assert 'headline: p13 against base, named before' in capsys.readouterr().out
+
+
+def test_what_another_call_adds_meanwhile_is_kept(
+  quick, compare, results, monkeypatch
+):
+  begun = []
+
+  def slowly(cell, directory, watch):
+    if not begun:
+      begun.append(cell)
+      more = '--arm', 'p11:p=1.1', '--seeds', '3,4'
+      assert compare(*ARMS, *more) == 0
+    return made_up(cell, directory, watch)
+
+  monkeypatch.setattr(one_cell, 'train', slowly)
+  assert compare(*ARMS) == 0
+  assert {pair['arm']: pair['n'] for pair in results()['paired']} == {
+    'p12': 5, 'p11': 2,
+  }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_cell_whose_record_is_lost_is_not_run_again(
+  compare, results, tmp_path, monkeypatch, capsys
+):
+  def full(self, key, record):
+    raise UserError('the disk is full')
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Store, 'put', full)
+    assert refused(compare, capsys, *ARMS, '--seeds', 1).endswith('is full')
+  (left,) = (tmp_path / 'out' / 'runs').iterdir()
+  assert (left / 'metrics.jsonl').exists()
+  trained = (left / 'metrics.jsonl').read_text().count('"split": "train"')
+  found = []
+  read = one_cell.read_run
+
+  def reading(name, directory):
+    text = (directory / 'metrics.jsonl').read_text()
+    found.append(text.count('"split": "train"'))
+    return read(name, directory)
+
+  monkeypatch.setattr(one_cell, 'read_run', reading)
+  assert compare(*ARMS, '--seeds', 1) == 0
+  assert found[0] == trained  # No step was taken again.
+  assert results()['paired'][0]['n'] == 1
+  assert not list((tmp_path / 'out' / 'runs').iterdir())
+
+
 def test_the_headline_stays(quick, compare, tmp_path, capsys):
   argv = *ARMS, '--arm', 'p11:p=1.1', '--seeds', '1'
   assert compare(*argv, '--headline', 'p11', '--steps=8') == 0
@@ -199,6 +273,9 @@ def test_the_headline_stays(quick, compare, tmp_path, capsys):
     ([*ARMS, '--seeds', '0'], "'0' is not between 1 and 1000 seeds"),
     ([*ARMS, '--seeds', 'x'], 'neither a number of seeds'),
     ([*ARMS, '--seeds', '1,1'], 'has a seed twice'),
+    ([*ARMS, '--seeds', '0:99999999999'], 'between 1 and 1000 seeds'),
+    ([*ARMS, '--seeds', '99999999999'], 'between 1 and 1000 seeds'),
+    ([*ARMS, '--seeds', '9' * 30], 'between 1 and 1000 seeds'),
     ([*ARMS, '--lr-grid', '0'], 'not learning rates'),
     ([*ARMS, '--jobs', '0'], 'not at least 1'),
     ([*ARMS, '--control', 'lr-measured', '--noise-run', '/nowhere'],

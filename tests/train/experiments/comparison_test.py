@@ -69,6 +69,7 @@ def test_mixed_machines_are_told():
   assert compare([record(2, device='b')], [record(3)]).mixed == 'device'
   other = record(2, versions={'jax': '2'}, device='b')
   assert compare([other], [record(3)]).mixed == 'device and versions'
+  assert compare([record(2, code='b')], [record(3)]).mixed == 'code'
 
 
 def test_p_values_are_adjusted_for_the_table():

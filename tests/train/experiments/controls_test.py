@@ -63,15 +63,35 @@ def test_lr_matched():
   assert list(made) == ['base-lr-of-p12', 'p12-lr']
 
 
+def test_the_baseline_may_be_behind_a_power_itself():
+  """What is matched is the step and eps of the two arms, not of p = 1."""
+  optimizer = dataclasses.replace(CONFIG.optimizer, power=1.2)
+  config = dataclasses.replace(CONFIG, optimizer=optimizer)
+  both = arms.parse_all(['base', 'plain:p=1'])
+  lr = optimizer.learning_rate
+  for name, shrinks, r in (
+    ('lr-matched', None, controls.effective_step(1.2)),
+    ('lr-measured', {1.0: 1.0, 1.2: 0.9}, 0.9),
+  ):
+    found = controls.expand(name, both, config, shrinks)
+    slow, fast = (arm.config(config).optimizer for arm in found.arms)
+    assert slow.learning_rate == pytest.approx(lr / r)
+    assert fast.learning_rate == pytest.approx(lr * r)
+  (eps,) = controls.expand('eps-matched', both, config).arms
+  assert eps.config(config).optimizer.eps == pytest.approx(1e-8 ** (1 / 1.2))
+
+
 def test_lr_measured_takes_what_was_measured():
-  made, _ = by_name('lr-measured', shrinks={1.2: 0.9})
+  made, _ = by_name('lr-measured', shrinks={1.0: 1.0, 1.2: 0.9})
   lr = CONFIG.optimizer.learning_rate
   assert made['p12-measured-lr'].learning_rate == pytest.approx(lr / 0.9)
   assert made['base-measured-lr-of-p12'].learning_rate == pytest.approx(
     lr * 0.9
   )
-  with pytest.raises(UserError, match=r'no moments of p = 1\.2, only of 1\.5'):
-    by_name('lr-measured', shrinks={1.5: 0.9})
+  with pytest.raises(
+    UserError, match=r'no moments of p = 1\.2, only of 1, 1\.5'
+  ):
+    by_name('lr-measured', shrinks={1.0: 1.0, 1.5: 0.9})
 
 
 def test_eps_matched_and_norm_matched():

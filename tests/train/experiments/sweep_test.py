@@ -11,6 +11,7 @@ from train import ladder
 from train.config import to_dict
 from train.errors import UserError
 from train.experiments import experiment, one_cell, sweep
+from train.experiments.batches import with_batch
 from train.experiments.cells import DIVERGED
 
 
@@ -108,7 +109,7 @@ def test_tokens_are_the_same_at_every_batch():
   base = ladder.config('dense_0.1m')
   steps, warmup = base.steps, base.optimizer.warmup_steps
   batch = 'data.batch_size'
-  for rows in (4, 16, 64):
+  for rows in (4, 16, 64, 128):
     found = sweep.config(request([]), {batch: rows})
     share = 16 / rows
     assert found.steps * found.tokens_per_step == pytest.approx(
@@ -117,6 +118,7 @@ def test_tokens_are_the_same_at_every_batch():
     assert found.optimizer.warmup_steps == round(share * warmup)
     assert found.eval_every == round(share * base.eval_every)
     assert found.save_every == round(share * base.save_every)
+    assert found == with_batch(base, rows)  # The cells of figure 6.
   found = sweep.config(
     request([], given=['optimizer.warmup_steps']), {batch: 4}
   )
