@@ -1,1 +1,0 @@
-"""Experiments on paired seeds, their statistics, tables and pages."""
