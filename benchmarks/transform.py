@@ -40,6 +40,7 @@ from benchmarks.transform_programs import (
 )
 from train.aot import hlo
 from train.aot import topology as tpu
+from train.aot.estimate import estimate
 from train.errors import UserError
 
 _ACCURACY_SAMPLE = 2**20
@@ -149,11 +150,9 @@ def count_on_tpu(elements: int, p: float, name: str) -> dict[str, Any]:
   entries = []
   for program in programs(p, elements):
     compiled = compile_update(program.update, arguments)
-    cycles = sum(
-      run.times * run.instruction.cycles
-      for run in hlo.parse(compiled.as_text()).runs()
-      if not run.fused
-    )
+    # On one device there is no collective.
+    parsed = hlo.parse(compiled.as_text())
+    cycles = estimate(parsed, [], tpu.chip_of(name)).cycles
     entry = _entry(program, compiled, elements) | {'cycles': cycles}
     if not program.power:
       alone = cycles

@@ -214,7 +214,7 @@ def test_counts_for_a_tpu_are_printed_and_written(tmp_path, capsys):
   assert len(result['programs']) == len(made.programs(1.2, 65536))
   table = capsys.readouterr().out.split('\n\n')[1].splitlines()
   assert table[0].split() == [
-    'update', 'temporaries', 'read', 'written', 'least',
+    'update', 'temporaries', 'read', 'written', 'least', 'cycles',
   ]  # fmt: skip
   assert len(table) == 1 + len(result['programs'])
 
