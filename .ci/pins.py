@@ -25,7 +25,7 @@ def chosen(interpreter: str) -> tuple[str, dict[str, str]]:
     python = f'{directory}/bin/python'
     pip = [python, '-m', 'pip']
     subprocess.run(
-      [*pip, 'install', '--quiet', f'{_ROOT}[train,test]'], check=True
+      [*pip, 'install', '--quiet', f'{_ROOT}[train,test,ray]'], check=True
     )
     freeze = subprocess.run(
       [*pip, 'freeze', '--exclude', 'gradpower-optax'],

@@ -19,10 +19,13 @@ _TO_PREPARE = (
 )  # fmt: skip
 # Beyond what every command needs.
 _NEEDED_BY = {
+  'compare': (*_TO_TRAIN, 'scipy'),
   'demo': _TO_TRAIN,
+  'figure': (*_TO_TRAIN, 'scipy'),
   'prepare': _TO_PREPARE,
   'run': _TO_TRAIN,
   'sample': _TO_SAMPLE,
+  'sweep': (*_TO_TRAIN, 'scipy'),
 }
 
 

@@ -51,6 +51,7 @@ _RULES = """
 .dashed { stroke-dasharray: 4 6; }
 .dotted { stroke-width: 1.5; stroke-dasharray: 1 5; opacity: .8; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.2; }
+.plain { color: var(--soft); }
 .key .faint { opacity: .5; }
 .key { display: inline-block; width: 30px; height: 12px; margin-right: 5px;
   vertical-align: -1px; }
@@ -66,6 +67,8 @@ LIGHT, DARK = _colours(_LIGHT), _colours(_DARK)
 CSS = _RULES + ''.join(
   f'.c{i} {{ color: var(--c{i}); }}\n' for i in range(len(_LIGHT))
 )
+COLOURS = len(_LIGHT)
+"""Runs that have a colour of their own; the next one has the first's."""
 DEFS = (
   '<svg class="defs" aria-hidden="true"><defs>'
   + ''.join(f'<path id="m{i}" d="{d}"/>' for i, d in enumerate(_MARKERS))
@@ -121,7 +124,7 @@ class Axis:
       else:
         values = values[:: len(values) // 6 + 1]
       if len(values) >= 3:
-        return [(v, f'{v:.4g}') for v in values]
+        return [(v, _short(v)) for v in values]
     span = self.high - self.low
     magnitude = 10.0 ** math.floor(math.log10(span / 5))
     step = next(
@@ -151,6 +154,34 @@ class Axis:
     else:
       text = f'{value / unit:,.{places}f}{suffix}'
     return sign + text.replace('-', '\N{MINUS SIGN}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Categories:
+  """A horizontal axis of names, each short: the place of a name is its index.
+
+  Names that are long or many go into rows (`plots.rows`).
+  """
+
+  title: str
+  names: Sequence[str]
+
+  def place(self, value: float) -> float:
+    """The value's place in the range: each name has an equal share."""
+    return (value + 0.5) / len(self.names)
+
+  def ticks(self) -> list[tuple[float, str]]:
+    """The indices and their names."""
+    return list(enumerate(self.names))
+
+
+def _short(value: float) -> str:
+  """A value on a logarithmic axis."""
+  for unit, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+    if max(unit, 1e4) <= value < 1e15:
+      return f'{value / unit:.4g}{suffix}'
+  text = f'{value:.4g}'.replace('e+', 'e').replace('e0', 'e')
+  return text.replace('e-0', 'e-').replace('-', '\N{MINUS SIGN}')
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -205,7 +236,7 @@ def legend(
   """
   alone = bool(kinds) and len(names) == 1
   items = [
-    _item(colour(i), styles.get(i, 'line'), _marker(i, '15', '6', 'mark'), name)
+    _item(colour(i), styles.get(i, 'line'), marker(i, '15', '6'), name)
     for i, name in enumerate(names)
     if name and not alone
   ]
@@ -227,11 +258,12 @@ def _item(colour_: str, style: str, mark: str, name: str) -> str:
 
 def chart(
   label: str,
-  x: Axis,
+  x: Axis | Categories,
   y: Axis | None,
   curves: Sequence[Curve],
   zero: bool = False,
   over: str = '',
+  under: str = '',
 ) -> str:
   """One chart as HTML: the y axis's title above, the plot, ticks around it.
 
@@ -243,6 +275,7 @@ def chart(
     curves: drawn in order, the later ones above.
     zero: draw a strong line at y = 0.
     over: SVG to draw over the curves, its places in percent.
+    under: SVG to draw under the curves, its places as those of `spot`.
   """
   if y is None:
     return ''
@@ -258,7 +291,7 @@ def chart(
     place = percent(x.place(value))
     frame.append(
       f'<line class="grid" x1="{place}" x2="{place}" y2="100%"/>'
-      f'<text class="x" x="{place}" y="100%" dy="18">{text}</text>'
+      f'<text class="x" x="{place}" y="100%" dy="18">{html.escape(text)}</text>'
     )
   frame.append('<line class="axis" x2="100%" y1="100%" y2="100%"/>')
   if zero:
@@ -277,15 +310,15 @@ def chart(
     f'<p class="axis-title">{html.escape(y.title)}</p><div class="plot">'
     f'<svg role="img" aria-label="{label}">{"".join(frame)}'
     '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" height="100%">'
-    f'{"".join(strokes)}</svg>{over}{"".join(marks)}'
+    f'{under}{"".join(strokes)}</svg>{over}{"".join(marks)}'
     f'<text class="x" x="50%" y="100%" dy="38">{html.escape(x.title)}</text>'
     '</svg></div>'
   )
 
 
-def colour(run: int) -> str:
-  """The CSS class that colours the run's curves."""
-  return f'c{run % len(_LIGHT)}'
+def colour(run: int | None) -> str:
+  """The CSS class that colours the run's curves; of None, grey."""
+  return 'plain' if run is None else f'c{run % len(_LIGHT)}'
 
 
 def percent(place: float) -> str:
@@ -293,15 +326,26 @@ def percent(place: float) -> str:
   return f'{100 * place:.2f}%'
 
 
-def _marker(run: int, x: str, y: str, style: str, title: str = '') -> str:
+def spot(x: Axis | Categories, y: Axis, px: float, py: float) -> str:
+  """A point as a place in the stretched viewport, 1000 by 1000."""
+  # Far beyond the edges is as good as infinity, and shorter.
+  across = min(max(1000 * x.place(px), -9999), 9999)
+  up = min(max(1000 * (1 - y.place(py)), -9999), 9999)
+  return f'{across:.1f} {up:.1f}'
+
+
+def marker(
+  run: int | None, x: str, y: str, style: str = 'mark', title: str = ''
+) -> str:
+  """The run's marker at a place, with a tooltip; grey for None."""
   title = f'<title>{html.escape(title)}</title>' if title else ''
   return (
-    f'<use class="{style} {colour(run)}" href="#m{run % len(_MARKERS)}" '
+    f'<use class="{style} {colour(run)}" href="#m{(run or 0) % len(_MARKERS)}" '
     f'x="{x}" y="{y}">{title}</use>'
   )
 
 
-def _marks(x: Axis, y: Axis, curve: Curve) -> list[str]:
+def _marks(x: Axis | Categories, y: Axis, curve: Curve) -> list[str]:
   # A long run has more evaluations than a chart has room for markers.
   every = max(1, len(curve.points) // 40)
   out = []
@@ -309,21 +353,18 @@ def _marks(x: Axis, y: Axis, curve: Curve) -> list[str]:
     if math.isfinite(py) and 0 <= y.place(py) <= 1:
       title = f'{curve.name}: {py:.4f} at {px:,.0f}'
       at = percent(x.place(px)), percent(1 - y.place(py))
-      out.append(_marker(curve.run, *at, 'mark', title))
+      out.append(marker(curve.run, *at, title=title))
   return out
 
 
-def _path(x: Axis, y: Axis, points: Points) -> str:
+def _path(x: Axis | Categories, y: Axis, points: Points) -> str:
   parts: list[str] = []
   pen_down = False
   for px, py in points:
     if not math.isfinite(py):
       pen_down = False
       continue
-    # Far beyond the edges is as good as infinity, and shorter.
-    across, up = 1000 * x.place(px), 1000 * (1 - y.place(py))
-    up = min(max(up, -9999), 9999)
-    parts.append(f'{"L" if pen_down else "M"}{across:.1f} {up:.1f}')
+    parts.append(f'{"L" if pen_down else "M"}{spot(x, y, px, py)}')
     if not pen_down:
       parts.append('h0')  # a lone point between gaps still shows as a dot
     pen_down = True

@@ -6,6 +6,7 @@ contract that commands keep.
 
 import argparse
 import dataclasses
+import difflib
 import itertools
 import os
 import pathlib
@@ -111,6 +112,46 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
     return _replace(config, given)
   except ValueError as error:  # From `models`, which names 'model.field'.
     raise UserError(f'--{error}') from error
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+  """Returns a config with fields changed, 'optimizer.power' to its value.
+
+  Raises:
+    UserError: there is no such field, it is none of its model's, or the values
+      do not make a valid config.
+  """
+  for path in values:
+    _check_field(path, ())
+  return with_options(config, argparse.Namespace(**values))
+
+
+def value(path: str, text: str, also: Sequence[str] = ()) -> Any:
+  """Reads a field's value as the command line does.
+
+  Args:
+    path: Of the field, 'optimizer.power'.
+    text: Its value.
+    also: Other names to suggest.
+
+  Raises:
+    UserError: there is no such field, or the text is no such value.
+  """
+  _check_field(path, also)
+  kind = _options()[path]
+  convert = _SPECIAL[kind][0] if kind in _SPECIAL else _converter(kind)
+  try:
+    return convert(text)
+  except argparse.ArgumentTypeError as error:
+    raise UserError(f'{path}: {error}') from None
+
+
+def _check_field(path: str, also: Sequence[str]) -> None:
+  kinds = _options()
+  if path not in kinds:
+    near = difflib.get_close_matches(path, [*kinds, *also], n=3, cutoff=0.5)
+    hint = f': did you mean {" or ".join(near)}?' if near else ''
+    raise UserError(f'there is no field {path!r}{hint}')
 
 
 def say(text: str) -> None:

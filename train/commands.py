@@ -19,6 +19,7 @@ from train import (
   sample_options,
 )
 from train.errors import UserError
+from train.experiments import compare_command, figure_command, sweep_command
 from train.watch_options import WatchOptions
 
 _DONE = 0
@@ -48,6 +49,9 @@ def run(prog: str, argv: list[str] | None) -> int:
   )
   _add_demo(commands)
   _add_run(commands)
+  compare_command.add(commands)
+  figure_command.add(commands)
+  sweep_command.add(commands)
   prepare_command.add(commands)
   _add_report(commands)
   _add_sample(commands)
@@ -107,6 +111,13 @@ def _add_run(commands) -> None:
     help='norms of every parameter, gradient and update each N steps',
   )
   group.add_argument(
+    '--noise',
+    type=cli.count,
+    default=0,
+    metavar='N',
+    help='noise of gradients, and which power it advises, each N steps',
+  )
+  group.add_argument(
     '--profile',
     type=cli.span,
     metavar='FIRST[:COUNT]',
@@ -136,6 +147,7 @@ def _run(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
         wandb=options.wandb,
         layer_statistics=options.layer_statistics,
+        noise=options.noise,
         profile=options.profile,
       ),
     )
@@ -148,6 +160,8 @@ def _run(options: argparse.Namespace) -> int:
       f'done: {result.step} steps, held-out loss '
       f'{result.validation_loss:.4f} nats a token, in {options.run_dir}'
     )
+    if options.noise:
+      _say_advice(options.run_dir)
   if result.status == 'stopped':
     cli.say(
       f'stopped: {result.step} of {config.steps} steps, saved in '
@@ -155,6 +169,16 @@ def _run(options: argparse.Namespace) -> int:
       'command goes on'
     )
   return _DONE
+
+
+def _say_advice(run_dir: epath.Path) -> None:
+  """What a run's measurements of noise come to, those of earlier starts too."""
+  from train import noise_words
+  from train.run_log import read_run
+
+  log = read_run(run_dir.name, run_dir)
+  if words := noise_words.advice(log.noise.values()):
+    cli.say(words)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

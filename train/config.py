@@ -19,7 +19,8 @@ _MAX_VOCAB_SIZE = 2**24
 _LARGEST_FLOAT32 = 3.4e38
 _OPTIMIZERS = ('adamw', 'muon')
 _MU_DTYPES = ('float32', 'bfloat16')
-_LATER = ('name', 'mu_dtype', 'per_head')  # Not in the first version.
+# Not in the first version.
+_LATER = ('name', 'mu_dtype', 'per_head', 'match_norm', 'blockwise')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,12 @@ class OptimizerConfig:
   """In which first moments are kept: 'float32' or 'bfloat16'."""
   per_head: bool = False
   """Whether Muon takes each attention head as a matrix by itself."""
+  match_norm: bool = False
+  """Whether the powered gradient is scaled back to the clipped one's global
+  norm: a control, which for AdamW is nearly a change of eps alone."""
+  blockwise: bool = False
+  """Whether each block of the model has its own multiple of the learning rate,
+  up to 10, as in Blockwise LR (arXiv 2502.19002)."""
 
   def __post_init__(self):
     """Checks the range of each field.

@@ -5,7 +5,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from train import charts, series, timeline
+from train import charts, noise_words, series, timeline
 from train.lives import lives
 from train.run_log import RunLog, paired_difference, x_key
 
@@ -50,6 +50,7 @@ _EXPERTS = (
 )  # fmt: skip
 
 
+_NOISE_SCALE = _Measure('noise_scale', '', 'Examples (log scale)', log=True)
 _KINDS = {
   'marked': 'validation',
   'soft': 'training, a centred mean',
@@ -77,6 +78,7 @@ def draw(runs: Sequence[RunLog], base: RunLog) -> str:
       for norm in _NORMS
     ]  # fmt: skip
   out += [_noisy(runs, x, x_axis, measure) for measure in (*_SPEED, *_EXPERTS)]
+  out += _advice(runs, x, x_axis)
   return '\n'.join(filter(None, out))
 
 
@@ -262,6 +264,60 @@ def _noisy(
     + [charts.Curve(i, mean) for i, mean in enumerate(means)],
   )
   return _figure(measure.head, measure.text, _legend(runs), plot)
+
+
+def _advice(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> list[str]:
+  """Where noise was measured: the power it advises, and its scale."""
+
+  def points(key: str) -> list[list[tuple[float, float]]]:
+    return [
+      [
+        (at, line['overall'][key])
+        for step, line in run.noise.items()
+        # Tokens, where runs differ in them, are a train line's to know.
+        if (at := run.train.get(step, {}).get(x)) is not None
+        and math.isfinite(line['overall'][key])
+        and (key != 'power' or noise_words.tells(line))
+      ]
+      for run in runs
+    ]
+
+  powers, scales = points('power'), points('noise_scale')
+  every = [y for found in powers for _, y in found]
+  return [
+    _figure(
+      'Advised power',
+      'Where u(p) of all tensors is greatest; none where nothing stands out.',
+      _legend(runs),
+      charts.chart(
+        f'Advised power by {x}.',
+        x_axis,
+        charts.y_axis('p', every),
+        _marked(runs, powers),
+      ),
+    ),
+    _figure(
+      'Gradient noise scale',
+      'Noise of an example over the squared gradient; none where the noise '
+      'hides it.',
+      _legend(runs),
+      charts.chart(
+        f'Gradient noise scale by {x}.',
+        x_axis,
+        _range(scales, [], _NOISE_SCALE),
+        _marked(runs, scales),
+      ),
+    ),
+  ]
+
+
+def _marked(
+  runs: Sequence[RunLog], points: Sequence[charts.Points]
+) -> list[charts.Curve]:
+  return [
+    charts.Curve(i, found, 'marked', run.name)
+    for i, (run, found) in enumerate(zip(runs, points, strict=True))
+  ]
 
 
 def _range(

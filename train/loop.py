@@ -17,6 +17,7 @@ from train import (
   hardware,
   interrupt,
   kept_programs,
+  noise,
   statistics,
 )
 from train import step as step_lib
@@ -103,6 +104,8 @@ def run(
   with distributed.together(distributed.PREPARING):
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    if watch and watch.noise:
+      noise.parts(config, mesh)
     dataset = data.load(config.data)
     dataset.check_steps(config.steps)
     config = resolve(config, dataset)
@@ -167,6 +170,7 @@ class _Run:
     self.statistics = (
       statistics.program(config, mesh) if watch.layer_statistics else None
     )
+    self.noise = noise.Probe(config, mesh) if watch.noise else None
     self.feed = Feed(mesh, config.data.batch_size)
     rows = self.feed.rows
     batches = dataset.train(config.seed)
@@ -185,7 +189,8 @@ class _Run:
     )
     refused = self._start()
     self.monitor = Monitor(
-      name, config, self.step, shown=distributed.is_main(),
+      name, config, self.step,
+      shown=distributed.is_main() and not watch.quiet,
       local=directory.local, watch=watch,
     )  # fmt: skip
     self.saver = Saver(
@@ -287,6 +292,10 @@ class _Run:
     while self.step < self.last and not self.signals.stop():
       self.profiler.step(self.step + 1)
       batch = self._next_batch(batches, pending)
+      if self.noise and (self.step + 1) % self.watch.noise == 0:
+        self._log(pending)
+        pending = None
+        self._measure_noise(self.noise, batch)
       norms = self._measure(batch)
       self.state, metrics = self.programs.train_step(self.state, batch)
       self.step += 1
@@ -332,6 +341,21 @@ class _Run:
     if self.statistics and (self.step + 1) % self.watch.layer_statistics == 0:
       return self.statistics(self.state, batch)
     return None
+
+  def _measure_noise(
+    self, probe: noise.Probe, batch: dict[str, jax.Array]
+  ) -> None:
+    """Of the step about to be taken, while nothing else is under way."""
+    begun = self.clock is not None
+    self.monitor.status('measuring noise')
+    line = probe(self.step + 1, self.state.params, batch)
+    distributed.progress(self.step)
+    self.directory.log(line)
+    self.monitor.noise(line)
+    self.monitor.status('' if begun else 'compiling')
+    gc.collect()
+    if begun:
+      self.clock, self.waited = time.monotonic(), 0.0
 
   def _log(self, pending: '_Pending | None') -> None:
     """Waits for a step's metrics and writes them down."""

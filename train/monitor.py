@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import rich.text
 
-from train import hardware, panel, sinks
+from train import hardware, noise_words, panel, sinks
 from train.config import Config, to_dict
 from train.live import Live
 from train.watch_options import WatchOptions
@@ -59,6 +59,8 @@ class Monitor:
       name, config.steps, step, memory_limit=hardware.memory_limit()
     )
     self._tokens_per_step = config.tokens_per_step
+    self._power = config.optimizer.power
+    self._noise_every = watch.noise
     # The first step to be shown, the last one, and when they were.
     self._first: tuple[int, float] | None = None
     self._last = step, time.monotonic()
@@ -109,6 +111,30 @@ class Monitor:
     """Passes a step's statistics by layer on; there are too many to show."""
     if self._sinks:
       self._sinks.put(line)
+
+  def noise(self, line: Mapping[str, Any]) -> None:
+    """Shows a measurement of gradient noise.
+
+    Args:
+      line: Its line of metrics.jsonl.
+    """
+    if self._sinks:  # Of all tensors there are too many to draw.
+      overall = line['overall'].items()
+      by_power = {
+        name: dict(zip(map(str, line['powers']), value, strict=True))
+        if isinstance(value, list)
+        else value
+        for name, value in overall
+      }
+      self._sinks.put({
+        'step': line['step'], 'split': 'noise', 'seconds': line['seconds'],
+        **by_power,
+      })  # fmt: skip
+    rate = self._view.tokens_per_second
+    step_seconds = self._tokens_per_step / rate if rate else None
+    self.say(
+      noise_words.measured(line, self._power, self._noise_every, step_seconds)
+    )
 
   def event(self, event: Mapping[str, Any]) -> None:
     """Shows what has happened, where a person should know.

@@ -1,5 +1,7 @@
 """A config as an optax chain, in the documented order: clip, power, optimizer.
 
+After it, where asked for, the multiples of Blockwise LR.
+
 `docs/order.md` has the reasons for the order and the measurements.
 """
 
@@ -15,7 +17,9 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers
 
 from gradpower_optax import muon, sign_power
+from gradpower_optax.blockwise import scale_by_blockwise
 from models import sharding
+from models.blocks import blocks
 from models.matrices import Matrix, matrices
 from train.config import Config, OptimizerConfig
 
@@ -61,7 +65,8 @@ class Optimizer(NamedTuple):
   global norms 'grad_norm' before clipping, 'clipped_norm' after it and
   'powered_norm' after the power."""
   powered: Callable[[Any], Any]
-  """Gradients to what the base optimizer takes: clipped, then powered."""
+  """Gradients to what the base optimizer takes: clipped, then powered, then
+  scaled back where `match_norm` says so."""
 
 
 def make_optimizer(
@@ -77,8 +82,8 @@ def make_optimizer(
 
   Args:
     config: The run.
-    model: Abstract, of whose parameters Muon takes the matrices; AdamW need not
-      know it.
+    model: Abstract, of whose parameters Muon takes the matrices and
+      `blockwise` the blocks; AdamW alone need not know it.
     mesh: Where the parameters lie, if on several devices.
   """
   c = config.optimizer
@@ -89,6 +94,8 @@ def make_optimizer(
   def update(grads, state, params):
     norm = optax.tree.norm(grads)
     into_base, powered_norm = _clip_and_power(c, grads, norm)
+    if c.match_norm:
+      into_base = _match(into_base, powered_norm, _clip(c, norm, norm))
     *others, of_base = state
     updates, of_base = base.update(into_base, of_base, params)
     norms = {
@@ -99,7 +106,11 @@ def make_optimizer(
     return updates, (*others, of_base), norms
 
   def powered(grads):
-    return _clip_and_power(c, grads, optax.tree.norm(grads))[0]
+    norm = optax.tree.norm(grads)
+    into_base, powered_norm = _clip_and_power(c, grads, norm)
+    if c.match_norm:
+      into_base = _match(into_base, powered_norm, _clip(c, norm, norm))
+    return into_base
 
   return Optimizer(chain.init, update, powered)
 
@@ -108,6 +119,22 @@ def _base(
   config: Config, model: nnx.Module | None, mesh: Mesh | None
 ) -> optax.GradientTransformation:
   """What takes the powered gradients."""
+  c = config.optimizer
+  optimizer = _adamw_or_muon(config, model, mesh)
+  if not c.blockwise:
+    return optimizer
+  if model is None:
+    raise ValueError('blockwise needs the model: which parameter is of which')
+  steps = config.steps if c.schedule == 'wsd' else None
+  # Weight decay is multiplied too: a block has a learning rate of its own.
+  return optax.chain(
+    optimizer, scale_by_blockwise(blocks(model), c.warmup_steps, steps)
+  )
+
+
+def _adamw_or_muon(
+  config: Config, model: nnx.Module | None, mesh: Mesh | None
+) -> optax.GradientTransformation:
   c = config.optimizer
   rate = schedule(c, config.steps)
   adamw = optax.adamw(
@@ -159,6 +186,12 @@ def _clip(c: OptimizerConfig, tree: Any, norm: jax.Array) -> Any:
     return lax.select(norm < c.clip_norm, x, scaled)
 
   return jax.tree.map(clip, tree)
+
+
+def _match(tree: Any, norm: jax.Array, wanted: jax.Array) -> Any:
+  """Scales a tree of that norm to another; one of norm 0 stays."""
+  factor = jnp.where(norm > 0, wanted / norm, 1.0)
+  return jax.tree.map(lambda x: x * factor.astype(x.dtype), tree)
 
 
 def _clip_and_power(

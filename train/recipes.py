@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 
 from models.config import LlamaConfig, Qwen2MoeConfig
-from train import paper
+from train import ladder, paper
 from train.config import Config, DataConfig, OptimizerConfig
 from train.errors import UserError
 
@@ -48,6 +48,7 @@ def demo_moe() -> Config:
 RECIPES: dict[str, Callable[..., Config]] = {
   'demo': demo,
   'demo_moe': demo_moe,
+  **ladder.RECIPES,
   **paper.RECIPES,
 }
 

@@ -1,6 +1,8 @@
 """How a report looks: wide and narrow, light and dark, on screen and paper."""
 
-from train import charts
+import html
+
+from train import charts, marks, plots
 
 CSS = f"""
 :root {{ color-scheme: light dark; --page: #f6f6f4; --card: #fff;
@@ -12,7 +14,7 @@ CSS = f"""
     --hit: #332b12; {charts.DARK} }}
 }}
 """
-CSS += charts.CSS
+CSS += charts.CSS + plots.CSS
 CSS += """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
@@ -95,6 +97,26 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
 .differ { overflow-x: auto; margin-bottom: 18px; font-size: 15px;
   overflow-wrap: break-word; }
 .differ td { background: var(--hit); }
+.lead { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 8px; padding: 14px 20px; margin: 0 0 22px; }
+.lead p { margin: 0; }
+.lead .first { font-size: 20px; line-height: 1.35; margin: 4px 0 6px;
+  text-wrap: pretty; }
+.tight .summary { font-size: 14px; }
+.tight .summary th, .tight .summary td { padding: 8px; }
+.tight .summary th.arm { box-shadow: none; }
+.tight .summary thead th { overflow-wrap: normal; }
+.tight small { font-weight: 400; }
+.scroll { overflow-x: auto; margin: 14px 0; font-size: 14px;
+  overflow-wrap: normal; }
+.scroll th, .scroll td { padding: 5px 10px; white-space: nowrap; }
+.scroll tbody th { white-space: normal; min-width: 9em;
+  overflow-wrap: anywhere; }
+.scroll caption { position: sticky; left: 0; }
+.note { color: var(--soft); font-size: 14px; margin: 0 0 10px; }
+.alone { margin-top: 18px; }
+pre { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 6px; padding: 12px 16px; white-space: pre-wrap; }
 .sections { columns: 3 300px; column-gap: 18px; }
 .sections table { break-inside: avoid; margin-bottom: 18px; font-size: 14px; }
 .sections caption { color: var(--ink); font-weight: 600; padding-bottom: 4px; }
@@ -110,6 +132,7 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
   .summary tr { background: var(--card); border: 1px solid var(--edge);
     margin-bottom: 12px; }
   .summary th.arm { font-size: 17px; }
+  .tight .summary td, .tight .summary th { padding: 5px 14px; }
   .summary td { display: flex; justify-content: space-between; gap: 16px;
     text-align: right; white-space: normal; padding: 6px 14px; }
   .summary td::before { content: attr(data-head); color: var(--soft);
@@ -135,8 +158,8 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { background: none; font-size: 11px; }
   main { padding: 0; max-width: none; }
-  .summary, .differ, .events, .sections table, figcaption, .legend, caption,
-  aside { font-size: 12px; }
+  .summary, .differ, .scroll, .events, .sections table, figcaption, .legend,
+  caption, aside { font-size: 12px; }
   thead th, small, code { font-size: 11px; }
   h2 { break-after: avoid; margin-top: 20px; }
   figure, aside, tr, .events { break-inside: avoid; }
@@ -152,3 +175,36 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
   details { display: none; }
 }
 """
+
+
+def page(title: str, body: str) -> str:
+  """A whole page.
+
+  Args:
+    title: its heading.
+    body: HTML of what follows.
+
+  Returns:
+    HTML that loads nothing, as its policy has it, whatever runs are named.
+  """
+  title = html.escape(title)
+  # Lone surrogates are legal in JSON's strings and impossible in UTF-8.
+  return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{CSS}</style>
+</head>
+<body>
+{charts.DEFS}{marks.DEFS}{plots.DEFS}
+<main>
+<h1>{title}</h1>
+{body}
+</main>
+</body>
+</html>
+""".encode('utf-8', 'replace').decode()

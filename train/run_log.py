@@ -21,6 +21,8 @@ _NUMBERS = (
 )  # fmt: skip
 # Lists of a number for each sparse layer, of which that of the one worst off.
 _LISTS = {'expert_load_max': max, 'router_entropy': min}
+# Of a measurement of noise: what others read, a number each.
+_NOISE = ('power', 'power_error', 'noise_scale')
 _TURNS = ('began', 'resumed', 'stopped', 'failed', 'done')
 _FINITE = ('tokens', 'time')  # What other things are drawn against.
 _STEPS = 10**15  # What would not fit in here is no step ...
@@ -62,6 +64,10 @@ class RunLog:
     default_factory=dict
   )
   """Step to path of a parameter to norms ('grad_norm' ...), by step."""
+  noise: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  """Step to what was measured of gradients' noise, by step: 'powers', 'parts',
+  'seconds', 'overall' and 'tensors' (by path), each of which maps the fields of
+  `gradpower_optax.noise.Noise` to a number, or to a list along the powers."""
   end: str = 'open'
   """'done', 'stopped' (asked to), 'failed' (with an error), or 'open': no end
   is on record, so the run is going on, or died."""
@@ -126,6 +132,7 @@ def read_run(name: str, directory: epath.PathLike) -> RunLog:
   run.train = dict(sorted(run.train.items()))
   run.validation = dict(sorted(run.validation.items()))
   run.layers = dict(sorted(run.layers.items()))
+  run.noise = dict(sorted(run.noise.items()))
   return run
 
 
@@ -234,8 +241,8 @@ def _add(run: RunLog, line: Any) -> None:
   if event == 'resumed':
     step = _step(line['step'])
     # What came after the save that the run went on from was done again.
-    dicts: list[dict[int, Any]] = [run.train, run.validation, run.layers]
-    for lines in dicts:
+    dicts: list[dict[int, Any]] = [run.train, run.validation]
+    for lines in (*dicts, run.layers, run.noise):
       for later in [s for s in lines if s > step]:
         del lines[later]
     run.resumed.append(step)
@@ -256,6 +263,8 @@ def _add(run: RunLog, line: Any) -> None:
       path: {name: _number(norm) for name, norm in norms.items()}
       for path, norms in line['layers'].items()
     }
+  elif event is None and line['split'] == 'noise':
+    run.noise[_step(line['step'])] = _noise(line)
   elif event is None:
     step = _step(line['step'])
     point = {key: _number(line[key]) for key in _NUMBERS if key in line}
@@ -268,6 +277,36 @@ def _add(run: RunLog, line: Any) -> None:
       raise ValueError(line)
     lines = {'train': run.train, 'validation': run.validation}[line['split']]
     lines[step] = {'step': step, 'loss': _number(line['loss']), **point}
+
+
+def _noise(line: dict[str, Any]) -> dict[str, Any]:
+  powers = [float(p) for p in line['powers']]
+  if not all(0 < p < _HUGE for p in powers):
+    raise ValueError(line)
+
+  def numbers(found: dict[str, Any]) -> dict[str, Any]:
+    read = {
+      name: list(map(_number, x)) if isinstance(x, list) else _number(x)
+      for name, x in found.items()
+    }
+    lists = {name: x for name, x in read.items() if isinstance(x, list)}
+    if (
+      any(len(values) != len(powers) for values in lists.values())
+      or not lists['step_ratio']
+      or not read.keys() - lists.keys() >= {*_NOISE}
+    ):
+      raise ValueError(line)
+    return read
+
+  tensors = {str(path): numbers(x) for path, x in line['tensors'].items()}
+  return {
+    'step': _step(line['step']),
+    'powers': powers,
+    'parts': int(line['parts']),
+    'seconds': _number(line['seconds']),
+    'overall': numbers(line['overall']),
+    'tensors': tensors,
+  }
 
 
 def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:

@@ -15,6 +15,12 @@ class WatchOptions:
   """Writes norms of every parameter and of its gradient, powered gradient and
   update each so many steps; 0 for never. Such a step takes about twice as
   long; what is trained stays the same to the bit."""
+  noise: int = 0
+  """Measures the noise of gradients each so many steps; 0 for never. It takes
+  a few steps' time and, meanwhile, 15 float32 numbers for each parameter; what
+  is trained stays the same to the bit."""
   profile: tuple[int, int] | None = None
   """First step and number of steps to trace, for xprof, into the run
   directory's `profile/`."""
+  quiet: bool = False
+  """Shows nothing."""

@@ -1,4 +1,4 @@
-"""Runs the examples of two pages: every number on them is checked."""
+"""Runs the examples of three pages: every number on them is checked."""
 
 import doctest
 import pathlib
@@ -8,7 +8,8 @@ import pytest
 
 _DOCS = pathlib.Path(__file__).parents[2] / 'docs'
 _ORDER = _DOCS / 'order.md'
-_PAGES = {_ORDER: 20, _DOCS / 'choosing-p.md': 6}  # And so many examples.
+# And so many examples.
+_PAGES = {_ORDER: 20, _DOCS / 'choosing-p.md': 6, _DOCS / 'noise.md': 6}
 
 
 def _example(page=_ORDER):

@@ -23,6 +23,13 @@ def before(base, **fixed):
   return build
 
 
+def blockwise(learning_rate, p=1.2):
+  """The chain of blockwise learning rates' documentation, as a factory."""
+  multiples = gradpower_optax.scale_by_blockwise('vo', 10, 1500)
+  base = gradpower_optax.adamw_power(learning_rate, weight_decay=0.0, p=p)
+  return optax.chain(base, multiples)
+
+
 RISING = optax.linear_schedule(1.0, 1.2, 1000)
 # A factory, a learning rate that converges, and other arguments.
 CASES = {
@@ -38,6 +45,7 @@ CASES = {
   'adam_power': (gradpower_optax.adam_power, 0.05, {'p': RISING}),
   'adagrad_power': (gradpower_optax.adagrad_power, 2.0, {'p': 0.8}),
   'lion_power': (gradpower_optax.lion_power, 0.02, {'weight_decay': 0.0}),
+  'blockwise': (blockwise, 0.02, {}),
   'muon': (gradpower_optax.muon, 0.05, {}),
   'muon_power': (gradpower_optax.muon_power, 0.05, {}),
   'muon_power_schedule': (
@@ -61,7 +69,8 @@ def test_every_optimizer_is_tabled():
   tabled = {
     getattr(factory, '__name__', '') for factory, _, _ in CASES.values()
   }
-  assert set(gradpower_optax.__all__) - tabled == {'sign_power'}
+  no_optimizers = {'sign_power', 'blockwise_schedule', 'scale_by_blockwise'}
+  assert set(gradpower_optax.__all__) - tabled == no_optimizers
 
 
 # Two bowls and a valley: a matrix and a vector to reach, and Rosenbrock's

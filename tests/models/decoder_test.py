@@ -99,9 +99,7 @@ def assert_same(config, found, wanted, tolerance=2e-5):
   jax.tree.map(close, canonical(grads, config), wanted_grads)
 
 
-@pytest.mark.parametrize(
-  'config', [LLAMA, slow(MOE)], ids=['llama', 'qwen2_moe']
-)
+@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
 def test_scanned_layers_equal_unrolled_ones(config):
   scanned = dataclasses.replace(config, scan_layers=True)
   ours = canonical(parameters(scanned), scanned)

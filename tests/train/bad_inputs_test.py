@@ -26,6 +26,8 @@ TABLE = [
   ('run', 'the following arguments are required: RECIPE, --run-dir (see python '
           '-m train run --help)'),
   ('run dem --run-dir NEW', "no recipe 'dem'; there are: demo, demo_moe, "
+   'dense_0.1m, dense_0.25m, dense_0.5m, dense_1m, moe_0.2m, moe_0.35m, '
+   'moe_0.8m, '
    'llama_66m, llama_0.2b, llama_0.4b, llama_1b, llama_2b, qwen2_moe_0.2b, '
    'qwen2_moe_0.5b, qwen2_moe_1b, qwen2_moe_2b'),
   # Directories.

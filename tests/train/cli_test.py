@@ -60,6 +60,8 @@ CHANGED = {
   'optimizer.clip_norm': 0.0,
   'optimizer.mu_dtype': 'bfloat16',
   'optimizer.per_head': True,
+  'optimizer.match_norm': True,
+  'optimizer.blockwise': True,
   'mesh.data': 4,
   'mesh.fsdp': 2,
   'mesh.tensor': 3,

@@ -3,7 +3,7 @@ import pytest
 from models import accounting, presets
 from models.config import Qwen2MoeConfig
 from train import config as config_lib
-from train import paper, recipes
+from train import ladder, paper, recipes
 from train.config import MeshConfig
 from train.errors import UserError
 from train.mesh import check, make_mesh
@@ -24,7 +24,8 @@ MOE = {
 
 
 def test_these_are_all():
-  assert list(recipes.RECIPES) == ['demo', 'demo_moe', *LLAMA, *MOE]
+  own = ['demo', 'demo_moe', *ladder.NAMES]
+  assert list(recipes.RECIPES) == [*own, *LLAMA, *MOE]
   assert (*LLAMA, *MOE) == paper.NAMES
 
 
@@ -34,7 +35,7 @@ def test_a_recipe_is_a_function_of_a_config(name):
   assert config == recipes.RECIPES[name]()
   assert config_lib.from_dict(config_lib.to_dict(config)) == config
   assert recipes.RECIPES[name].__doc__.endswith(('.', '.\n  '))
-  assert config.optimizer.power == 1.2
+  assert config.optimizer.power == (1.0 if name in ladder.NAMES else 1.2)
   assert config.optimizer.clip_norm == 1.0
   assert config.optimizer.weight_decay == 0.1
   assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.95)

@@ -76,7 +76,7 @@ def _run_processes(
   )
   done = False
   try:
-    with _no_interrupts():
+    with no_interrupts():
       waiting = {executor.submit(_do, task) for task in tasks}
     seen = [0, 0]
     while waiting:
@@ -106,7 +106,7 @@ def _run_processes(
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
+def no_interrupts() -> Iterator[None]:
   """Processes started meanwhile leave Ctrl-C to this one."""
   resource_tracker.ensure_running()  # Which would let signals through again.
   heard: list[int] = []

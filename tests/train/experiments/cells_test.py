@@ -1,0 +1,112 @@
+"""What a cell is known by, and the store of what it has come to."""
+
+import dataclasses
+import json
+
+import pytest
+
+from train import config as config_lib
+from train import recipes
+from train.config import KeepConfig, MeshConfig
+from train.errors import UserError
+from train.experiments.cells import Cell, Store, key
+
+CONFIG = dataclasses.replace(
+  recipes.demo(),
+  model=dataclasses.replace(recipes.demo().model, vocab_size=2048),
+)
+CELL = Cell('base', 0, CONFIG, 'abc')
+
+
+def record(cell=CELL, **fields):
+  return {
+    'status': 'done', 'validation_loss': 3.5, 'validation': [[1, 2, 3.5]],
+    'train': [], 'config': config_lib.to_dict(cell.config),
+    'source_hash': cell.source_hash, 'parameters': 1, 'flops': 1.0,
+    'seconds': 1.0, 'device': 'a machine', 'versions': {}, **fields,
+  }  # fmt: skip
+
+
+def changed(**fields):
+  return dataclasses.replace(
+    CELL, config=dataclasses.replace(CONFIG, **fields)
+  ).key
+
+
+def test_what_does_not_change_the_numbers_does_not_change_the_key():
+  assert changed(save_every=7) == CELL.key
+  assert changed(keep=KeepConfig(last=5)) == CELL.key
+  assert changed(mesh=MeshConfig(fsdp=2)) == CELL.key
+  assert changed(accumulate=2) == CELL.key
+  elsewhere = dataclasses.replace(CONFIG.data, files='other/*.txt')
+  assert changed(data=elsewhere) == CELL.key
+  assert dataclasses.replace(CELL, arm='other').key == CELL.key
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'seed': 1},
+    {'steps': 401},
+    {'eval_every': 41},
+    {'data': dataclasses.replace(CONFIG.data, batch_size=8)},
+    {'data': dataclasses.replace(CONFIG.data, validation_tokens=8)},
+    {'optimizer': dataclasses.replace(CONFIG.optimizer, power=1.1)},
+    {'optimizer': dataclasses.replace(CONFIG.optimizer, match_norm=True)},
+    {'model': dataclasses.replace(CONFIG.model, d_ff=16)},
+  ],
+  ids=str,
+)
+def test_what_changes_the_numbers_changes_the_key(fields):
+  assert changed(**fields) != CELL.key
+
+
+def test_the_text_changes_the_key():
+  assert dataclasses.replace(CELL, source_hash='abd').key != CELL.key
+
+
+def test_a_record_of_before_a_field_existed_is_still_its_cells(tmp_path):
+  old = config_lib.to_dict(CONFIG)
+  for name in ('match_norm', 'per_head'):
+    del old['optimizer'][name]
+  assert key(old, 'abc') == CELL.key
+  (tmp_path / 'anything.json').write_text(json.dumps(record(config=old)))
+  assert Store(tmp_path).get(CELL.key)['validation_loss'] == 3.5
+
+
+def test_what_is_put_is_there_again(tmp_path):
+  store = Store(tmp_path / 'new' / 'folder')
+  assert store.get(CELL.key) is None
+  store.put(CELL.key, record(train=[[1, 2, None]]))
+  again = Store(tmp_path / 'new' / 'folder')
+  assert again.get(CELL.key) == record(train=[[1, 2, None]])
+  assert again.records() == [record(train=[[1, 2, None]])]
+  (path,) = (tmp_path / 'new' / 'folder').iterdir()
+  assert path.name == f'{CELL.key}.json'
+  # A field a line, for those who read differences.
+  assert len(path.read_text().splitlines()) == len(record()) + 2
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    'nothing',
+    '[]',
+    '{}',
+    json.dumps(record(status='open')),
+    json.dumps(record(validation_loss='low')),
+    json.dumps(record(config={})),
+    json.dumps({k: v for k, v in record().items() if k != 'validation'}),
+    json.dumps({k: v for k, v in record().items() if k != 'device'}),
+  ],
+)
+def test_a_file_that_is_no_cells_is_named(tmp_path, content):
+  (tmp_path / 'bad.json').write_text(content)
+  with pytest.raises(UserError, match=r'bad\.json is not the record of a cell'):
+    Store(tmp_path)
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='file'):
+    Store(tmp_path / 'file' / 'store').put(CELL.key, record())

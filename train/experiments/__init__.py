@@ -1,0 +1,1 @@
+"""Experiments on paired seeds, their statistics, tables and pages."""

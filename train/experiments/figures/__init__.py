@@ -1,0 +1,1 @@
+"""The paper's figures: what each needs to be run, and how it is drawn."""
