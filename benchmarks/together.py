@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from benchmarks import timing
 from models import accounting, sharding
-from train import ladder, step
+from train import allocator, ladder, step
 from train.config import Config
 from train.optimizer import make_optimizer
 
@@ -117,6 +117,7 @@ def _serve(pipe, core: int, config: Config, count: int) -> None:
   """A process: takes a step of its runs, each time that it is told to."""
   os.sched_setaffinity(0, {core})
   threading.Thread(target=_end_with_parent, daemon=True).start()
+  allocator.keep_memory()
   runs = _Runs(config, count)
   with contextlib.suppress(EOFError, OSError):
     while pipe.recv():
@@ -148,6 +149,7 @@ def measure(
     how many times the steps a second of one by one) with `gain_quartiles`.
   """
   facts = timing.machine_facts()
+  allocator.keep_memory()  # As the trainer does.
   entries = [_entry(name, shapes[name], runs, rounds) for name in shapes]
   return {
     'benchmark': 'together',
