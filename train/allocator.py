@@ -28,4 +28,5 @@ def keep_memory() -> bool:
   if mallopt is None:  # musl has none.
     return False
   settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWTH))
-  return all([mallopt(name, value) == 1 for name, value in settings])
+  taken = [mallopt(name, value) for name, value in settings]
+  return all(taken)

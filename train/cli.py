@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     return namespace, rest
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
+def add_config_options(parser: argparse._ActionsContainer) -> None:
   """Adds an option for every field of `Config`, of all families of models."""
   for path, kind in _options().items():
     # A boolean's name alone means true.

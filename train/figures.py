@@ -284,16 +284,18 @@ def _advice(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> list[str]:
 
   powers, scales = points('power'), points('noise_scale')
   every = [y for found in powers for _, y in found]
+  ends, told = _grid_ends(runs, x_axis)
   return [
     _figure(
       'Advised power',
-      'Where u(p) of all tensors is greatest; none where nothing stands out.',
+      'Where u(p) of all tensors is greatest; none where nothing stands out.'
+      + told,
       _legend(runs),
       charts.chart(
         f'Advised power by {x}.',
         x_axis,
         charts.y_axis('p', every),
-        _marked(runs, powers),
+        [*ends, *_marked(runs, powers)],
       ),
     ),
     _figure(
@@ -309,6 +311,24 @@ def _advice(runs: Sequence[RunLog], x: str, x_axis: charts.Axis) -> list[str]:
       ),
     ),
   ]
+
+
+def _grid_ends(
+  runs: Sequence[RunLog], x_axis: charts.Axis
+) -> tuple[list[charts.Curve], str]:
+  """Lines where advised powers are cut off, and what they are."""
+  ends = {
+    (i, line['overall']['power'])
+    for i, run in enumerate(runs)
+    for line in run.noise.values()
+    if noise_words.tells(line) and noise_words.at_end(line)
+  }
+  lines = [
+    charts.Curve(i, [(x_axis.low, end), (x_axis.high, end)], 'dashed')
+    for i, end in sorted(ends)
+  ]
+  told = ' Dashed: the grid of powers ends there; the best may lie beyond.'
+  return lines, told if lines else ''
 
 
 def _marked(

@@ -29,12 +29,17 @@ _SETTLE = 3.0  # Seconds in which two that begin at once see each other.
 class FileLock:
   """Of a directory on a disk: the kernel frees it when the process dies.
 
+  Args:
+    directory: There already.
+    option: Names it on the command line.
+
   Raises:
     UserError: another run holds it, or the disk cannot be written.
   """
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, option: str = '--run-dir'):
     path = directory / _NAME
+    self._option = option
     with storage.one_line_errors(directory):
       self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
       try:
@@ -62,7 +67,7 @@ class FileLock:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       found = who(os.pread(self._file, 4096, 0))
-      raise UserError(in_use(directory, found)) from None
+      raise UserError(in_use(directory, found, self._option)) from None
     except OSError as error:  # A file system without locks.
       _logger.warning(
         'warning: %s cannot be locked (%s): see that no other run writes it',
@@ -194,11 +199,13 @@ def who(content: bytes | str) -> str:
     return 'another process'
 
 
-def in_use(directory: epath.PathLike, holder: str) -> str:
+def in_use(
+  directory: epath.PathLike, holder: str, option: str = '--run-dir'
+) -> str:
   """Says to a second run that it cannot have the directory."""
   return (
     f'{directory} is in use by {holder}: wait for it to end, or name another '
-    '--run-dir'
+    f'{option}'
   )
 
 

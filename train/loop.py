@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from train import (
+  allocator,
   distributed,
   hardware,
   interrupt,
@@ -101,6 +102,7 @@ def run(
     DivergedError: too many steps in a row were not finite.
   """
   kept_programs.keep()
+  allocator.keep_memory()
   with distributed.together(distributed.PREPARING):
     mesh = make_mesh(config.mesh)
     check(config, mesh)
@@ -171,6 +173,7 @@ class _Run:
       statistics.program(config, mesh) if watch.layer_statistics else None
     )
     self.noise = noise.Probe(config, mesh) if watch.noise else None
+    self.noise_compiled = False
     self.feed = Feed(mesh, config.data.batch_size)
     rows = self.feed.rows
     batches = dataset.train(config.seed)
@@ -347,6 +350,9 @@ class _Run:
   ) -> None:
     """Of the step about to be taken, while nothing else is under way."""
     begun = self.clock is not None
+    if not self.noise_compiled:  # It may take minutes.
+      self.noise_compiled = True
+      self.monitor.say('compiling the program that measures noise')
     self.monitor.status('measuring noise')
     line = probe(self.step + 1, self.state.params, batch)
     distributed.progress(self.step)

@@ -242,7 +242,8 @@ def _in_short(view: panel.View) -> str:
   line = view.line
   parts = [f'step {view.step}/{view.steps}', f'loss {line["loss"]:.4f}']
   if view.validation:
-    parts.append(f'held-out {view.validation[1]:.4f}')
+    at, loss = view.validation
+    parts.append(f'held-out {loss:.4f} at step {at}')
   for key, form in (
     ('learning_rate', 'lr {:.3g}'),
     ('grad_norm', 'norm {:.3g}'),

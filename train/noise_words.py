@@ -39,7 +39,7 @@ def measured(
   r = float(found['step_ratio'][other])
   share = float(found['eps_share'][at])
   return (
-    f'{head}scale {_scale(float(found["noise_scale"]))}, {_best(found)}, '
+    f'{head}scale {_scale(float(found["noise_scale"]))}, {_best(line)}, '
     f'r({powers[other]:g}) = {r:.3g}, eps matters for {share:.1%} of elements '
     f'at p = {powers[at]:g}; {taken}'
   )
@@ -50,17 +50,24 @@ def advice(lines: Iterable[Mapping[str, Any]]) -> str:
   lines = list(lines)
   if not lines:
     return ''
-  told = [line['overall']['power'] for line in lines if tells(line)]
+  telling = [line for line in lines if tells(line)]
+  told = [line['overall']['power'] for line in telling]
   count = f'{len(lines)} measurement{"s" * (len(lines) != 1)}'
   if not told:
     return f'noise: {count}, none of which tells a power'
   if len(told) < len(lines):
     count += f', {len(told)} of which tell a power'
+  ends = [found for line in telling if (found := at_end(line))]
+  if len(ends) == len(told) and len(set(ends)) == 1:
+    # Of values that are cut off, mean and deviation would mislead.
+    return f'noise: {count}: u is best at p = {ends[0]} (advice; overall)'
   text = (
     f'noise: {count}: u is best at p = {statistics.fmean(told):.2f} on average'
   )
   if len(told) > 1:
     text += f', standard deviation {statistics.stdev(told):.2f}'
+  if ends:
+    text += f'; {len(ends)} of them lie where the grid of powers ends'
   return f'{text} (advice; overall)'
 
 
@@ -70,12 +77,26 @@ def tells(line: Mapping[str, Any]) -> bool:
   return all(map(math.isfinite, (found['power'], found['power_error'])))
 
 
-def _best(found: Mapping[str, Any]) -> str:
+def at_end(line: Mapping[str, Any]) -> str:
+  """What is told of a best power that the powers tried do not bound.
+
+  Returns:
+    Words for it; empty where it lies between them.
+  """
+  best, powers = float(line['overall']['power']), line['powers']
+  for end, beyond in ((min(powers), 'below'), (max(powers), 'above')):
+    if math.isclose(best, end):
+      return f'{end:.2f} or {beyond}: the grid ends there'
+  return ''
+
+
+def _best(line: Mapping[str, Any]) -> str:
+  found = line['overall']
   error = float(found['power_error'])
   if not math.isfinite(error):
     return 'u best at no p that stands out'
-  best = float(found['power'])
-  return f'u best at p = {best:.2f} +- {error:.2f} (advice; overall)'
+  best = at_end(line) or f'{float(found["power"]):.2f} +- {error:.2f}'
+  return f'u best at p = {best} (advice; overall)'
 
 
 def _scale(value: float) -> str:

@@ -107,13 +107,25 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
 .tight .summary th.arm { box-shadow: none; }
 .tight .summary thead th { overflow-wrap: normal; }
 .tight small { font-weight: 400; }
+.tight .summary thead th:last-child { white-space: nowrap; }
+/* A shadow at an edge tells that the table goes on beyond it. */
 .scroll { overflow-x: auto; margin: 14px 0; font-size: 14px;
-  overflow-wrap: normal; }
+  overflow-wrap: normal; background:
+  linear-gradient(90deg, var(--page) 12px, transparent) 0 / 36px 100% local,
+  linear-gradient(270deg, var(--page) 12px, transparent) 100% / 36px 100% local,
+  linear-gradient(90deg, var(--edge), transparent) 0 / 14px 100% scroll,
+  linear-gradient(270deg, var(--edge), transparent) 100% / 14px 100% scroll;
+  background-repeat: no-repeat; }
+.scroll table { background: none; }
 .scroll th, .scroll td { padding: 5px 10px; white-space: nowrap; }
 .scroll tbody th { white-space: normal; min-width: 9em;
   overflow-wrap: anywhere; }
 .scroll caption { position: sticky; left: 0; }
 .note { color: var(--soft); font-size: 14px; margin: 0 0 10px; }
+aside.small { font-size: 14px; margin-top: 0; padding: 10px 16px; }
+.lead p + p:not(.first) { margin-top: 2px; }
+.told { margin: 0; padding-left: 20px; }
+.told li + li { margin-top: 4px; }
 .alone { margin-top: 18px; }
 pre { background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 12px 16px; white-space: pre-wrap; }

@@ -26,6 +26,9 @@ DRAWS = {
 }
 
 
+update = jax.jit(noise.update, compiler_options=UNOPTIMIZED)
+
+
 @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
 def sums(samples):
   """Statistics of gradients stacked in each leaf, fed by a jitted scan."""
@@ -169,6 +172,13 @@ def test_known_noise_with_many_gradients(kind, tail, drift, step):
   assert found.u[1] == pytest.approx(0.0995, abs=3 * found.u_error[1] + 0.001)
 
 
+@pytest.mark.parametrize('kind, step', [
+  ('uniform', 0.964), ('gaussian', 0.945), ('laplace', 0.929),
+])  # fmt: skip
+def test_eight_gradients_are_as_far_off_as_the_docstring_says(kind, step):
+  assert known(kind, 0.1, 8).step_ratio[2] == pytest.approx(step, abs=0.002)
+
+
 @pytest.mark.parametrize('kind, low, high', [
   ('uniform', 1.3, 1.4), ('gaussian', 0.9, 1.15), ('laplace', 0.8, 0.85),
 ])  # fmt: skip
@@ -222,7 +232,7 @@ def test_sharded_gradients_give_the_same(kind):
   }
   stats = noise.init(place(0), POWERS)
   for i in range(5):
-    stats = jax.jit(noise.update)(stats, place(i))
+    stats = update(stats, place(i))
   for x in jax.tree.leaves(stats.tensors['w'].sums):
     assert x.sharding.is_equivalent_to(NamedSharding(mesh, specs['w']), 2)
   found = noise.summarize(stats)
@@ -238,7 +248,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
   )
   stats = noise.init(jnp.zeros((20, 20), jnp.bfloat16))
   for g in samples:
-    stats = jax.jit(noise.update)(stats, g)
+    stats = update(stats, g)
   assert {x.dtype.name for x in jax.tree.leaves(stats)} == {'float32', 'int32'}
   found = noise.summarize(stats).overall
   expected = reference(samples.astype(jnp.float32))

@@ -186,7 +186,7 @@ def test_skipped_steps_and_the_last_evaluation_are_in_the_log(
   display = open_monitor(file, steps=2)
   display.validation({'step': 1, 'split': 'validation', 'loss': 2.5})
   display.train(_line(2, skipped=3))
-  assert '  loss 3.1416  held-out 2.5000  ' in file.getvalue()
+  assert '  loss 3.1416  held-out 2.5000 at step 1  ' in file.getvalue()
   assert '  skipped 3  ' in file.getvalue()
 
 

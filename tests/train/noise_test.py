@@ -134,6 +134,21 @@ def test_words():
   assert words == 'noise at step 3: the gradient is not finite; took 1.2 s'
 
 
+def test_a_power_at_the_end_of_the_grid_has_no_error():
+  low, high = line_of(1, power=0.8), line_of(2, power=1.4)
+  words = noise_words.measured(low, 1.2, 200, None)
+  assert 'u best at p = 0.80 or below: the grid ends there (adv' in words
+  assert '1.40 or above' in noise_words.measured(high, 1.2, 200, None)
+  assert noise_words.advice([low, low]) == (
+    'noise: 2 measurements: u is best at p = 0.80 or below: the grid ends '
+    'there (advice; overall)'
+  )
+  words = noise_words.advice([low, low, line_of(3)])
+  assert 'p = 0.91 on average' in words
+  assert '; 2 of them lie where the grid of powers ends (advice' in words
+  assert not noise_words.at_end(line_of(3))
+
+
 def make_run(directory, *lines):
   directory.mkdir()
   (directory / 'config.json').write_text('{"steps": 9}')
@@ -196,15 +211,18 @@ def test_the_report_draws_it(tmp_path):
     'a': make_run(tmp_path / 'a', line_of(2), line_of(4, **UNTOLD)),
     'b': make_run(tmp_path / 'b', line_of(2, power=0.9)),
     'untold': make_run(tmp_path / 'c', line_of(2, **UNTOLD)),
+    'low': make_run(tmp_path / 'd', line_of(2, power=0.8)),
   }
   pages = {}
-  for names in (['a', 'b'], ['a'], ['untold']):
+  for names in (['a', 'b'], ['a'], ['untold'], ['low']):
     page = tmp_path / 'page.html'
     write_report(page, {name: runs[name] for name in names}, title='t')
     pages[' '.join(names)] = page.read_text()
   heads = 'Advised power', 'Gradient noise scale'
   assert all(head in pages[name] for name in ('a b', 'a') for head in heads)
   assert not any(head in pages['untold'] for head in heads)
+  ends = 'the grid of powers ends there'
+  assert [name for name, page in pages.items() if ends in page] == ['low']
 
 
 class Fake:
@@ -229,6 +247,7 @@ def test_a_run_writes_and_says_it(
   monkeypatch.setattr(noise, 'Probe', Fake)
   said = command(tmp_path / 'run', '--noise', 10, '--stop-at', 13)
   assert 'noise at step 10: scale 3.1k examples' in said.err
+  assert said.err.count('compiling the program that measures noise') == 1
   assert 'noise:' not in said.out
   said = command(tmp_path / 'run', '--noise', 10)
   assert 'noise at step 20: ' in said.err

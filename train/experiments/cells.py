@@ -123,10 +123,16 @@ def _read(path: pathlib.Path) -> Record:
       float(record['validation_loss'])
   except (OSError, ValueError, LookupError, TypeError) as error:
     raise UserError(
-      f'{path} is not the record of a cell ({error!r}): remove it, or name '
-      'another --store'
+      f'{path.parent} holds {path.name}, which is no record of a cell '
+      f'({_reason(error)}): remove it, or name another --store'
     ) from error
   return record
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, LookupError):
+    return f'it has no {error.args[0]!r}'
+  return str(error).partition('\n')[0] or type(error).__name__
 
 
 def _text(record: Record) -> str:

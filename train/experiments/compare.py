@@ -4,68 +4,26 @@ DIR/plan.json is written before the first cell is run, and names the headline;
 results.json and report.html follow. A later call adds arms and seeds.
 """
 
-import dataclasses
+import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train import cli, distributed, storage
 from train import config as config_lib
-from train.config import Config
 from train.errors import UserError
-from train.experiments import (
-  comparison,
-  controls,
-  experiment,
-  measured_moments,
-  page,
-)
+from train.experiments import comparison, experiment, page, place
 from train.experiments.arms import Arm
-from train.experiments.cells import Cell, Store
+from train.experiments.cells import Store
+from train.experiments.design import Design, Request, make_design
 
 _PLAN, _RESULTS, _PAGE = 'plan.json', 'results.json', 'report.html'
 _TUNED = (
   'Of arms that are tuned, the learning rate with the lowest mean loss is '
   'taken on the seeds that it is then compared on, for both sides alike.'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What `python -m train compare` is asked for."""
-
-  recipe: str
-  config: Config
-  """What arms change."""
-  arms: Sequence[Arm]
-  """The first is the baseline."""
-  seeds: Sequence[int]
-  out: pathlib.Path
-  store: pathlib.Path | None = None
-  """Of the cells; None for one in `out`."""
-  controls: Sequence[str] = ()
-  """Of `controls.NAMES`."""
-  headline: str = ''
-  """The arm that is compared with the baseline first of all; empty for the
-  second arm, or for that of an earlier call."""
-  rates: Sequence[float] = ()
-  """Learning rates of 'lr-tuned'; empty for the paper's grid."""
-  noise_run: pathlib.Path | None = None
-  """The run that 'lr-measured' has r(p) from."""
-  command: str = ''
-  """What was typed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Design:
-  """All arms and pairs, those of controls too."""
-
-  arms: Sequence[Arm]
-  pairs: Sequence[tuple[str, str]]
-  tuned: Mapping[str, Sequence[str]]
-  """Names of an arm at all learning rates."""
 
 
 def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
@@ -82,11 +40,21 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
   Raises:
     UserError: the input is at fault; the directory holds another comparison.
   """
-  design = _design(request)
+  design = make_design(request)
+  with contextlib.ExitStack() as stack:
+    if not dry:
+      store = request.store or request.out / 'cells'
+      stack.enter_context(place.held(request.out, store))
+    return _run(request, design, engine, dry=dry)
+
+
+def _run(
+  request: Request, design: Design, engine: experiment.Engine, *, dry: bool
+) -> int:
   cells = experiment.cells(design.arms, request.seeds, request.config)
   store = Store(request.store or request.out / 'cells')
   new = experiment.missing(cells, store)
-  plan = _plan(request, design, _finished(cells, store))
+  plan = _plan(request, design, store)
   main = distributed.is_main()
   if main:
     arm, baseline = plan['headline']
@@ -100,7 +68,7 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
     with distributed.together():
       if main:
         _write(request.out / _PLAN, plan)
-  experiment.say_budget(cells, new, store, engine.workers)
+  experiment.say_budget(cells, new, store, engine)
   if dry:
     return 0
   status = 0
@@ -109,8 +77,7 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
       status = experiment.run_missing(new, store, request.out / 'runs', engine)
   finally:
     if main:
-      # Another call may have added arms, seeds and cells meanwhile.
-      plan = _read_plan(request.out / _PLAN) or plan
+      # Another experiment may have added cells meanwhile.
       result = _result(request, plan, Store(store.directory))
       _write(request.out / _RESULTS, comparison.to_json(result))
       page.write(request.out / _PAGE, result)
@@ -119,53 +86,24 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
   return status
 
 
-def _design(request: Request) -> _Design:
-  base, config = request.arms[0], request.config
-  arms = list(request.arms)
-  pairs = [(arm.name, base.name) for arm in arms[1:]]
-  tuned: dict[str, list[str]] = {}
-  for name in request.controls:
-    if name == 'lr-tuned':
-      compared = [base, *controls.powered(arms, config, name)]
-      grid = request.rates or controls.rates(config, request.recipe)
-      by_name = controls.tuned(compared, config, grid)
-      for of, members in by_name.items():
-        tuned[of] = [arm.name for arm in members]
-        arms += [arm for arm in members if arm not in arms]
-      continue
-    shrinks = None
-    if name == 'lr-measured':
-      if request.noise_run is None:
-        raise UserError(
-          '--control lr-measured needs --noise-run, a run directory with '
-          'moments: python -m train run RECIPE --noise 100 --run-dir ...'
-        )
-      shrinks = measured_moments.step_ratios(request.noise_run)
-    added = controls.expand(name, request.arms, config, shrinks)
-    arms += [arm for arm in added.arms if arm not in arms]
-    pairs += added.pairs
-  names = [arm.name for arm in arms]
-  for name in names:
-    if names.count(name) > 1:
-      raise UserError(f'a control makes an arm {name}, and there is one')
-  return _Design(arms, pairs, tuned)
+def _seen(
+  request: Request, plan: Mapping[str, Any], seeds: Sequence[int], store: Store
+) -> int:
+  """Pairs of the headline that are finished on these seeds."""
+  arms = [Arm(name, plan['arms'][name]) for name in plan['headline']]
+  cells = experiment.cells(arms, seeds, request.config)
+  done = {(c.arm, c.seed) for c in cells if store.get(c.key) is not None}
+  return sum(all((arm.name, seed) in done for arm in arms) for seed in seeds)
 
 
-def _finished(cells: Sequence[Cell], store: Store) -> set[tuple[str, int]]:
-  """Arm and seed of the cells that there are."""
-  return {(c.arm, c.seed) for c in cells if store.get(c.key) is not None}
-
-
-def _plan(
-  request: Request, design: _Design, finished: Set[tuple[str, int]]
-) -> dict[str, Any]:
+def _plan(request: Request, design: Design, store: Store) -> dict[str, Any]:
   """What plan.json is to hold: what it held, and what is asked for now.
 
   Args:
     request: What is asked for.
     design: All of it.
-    finished: Arm and seed of the cells that there are: a headline that is named
-      now might have been chosen for them.
+    store: A headline that is named now, or seeds that are added, might have
+      been chosen for what is in it.
 
   Raises:
     UserError: it is that of another comparison.
@@ -185,9 +123,6 @@ def _plan(
     'recipe': request.recipe,
     'headline': named,
     'named': _now(),
-    'seen': sum(
-      {(name, seed) for name in named} <= finished for seed in request.seeds
-    ),
     'config': wanted,
     'arms': {},
     'seeds': [],
@@ -215,12 +150,18 @@ def _plan(
       raise UserError(
         f'{request.out} has another arm {arm.name}: give it another name'
       )
-  plan['seeds'] = sorted({*plan['seeds'], *request.seeds})
+  added = sorted({*request.seeds} - {*plan['seeds']})
+  plan['seeds'] = sorted({*plan['seeds'], *added})
+  seen = _seen(request, plan, plan['seeds'], store)
+  if not plan['calls']:
+    plan['seen'] = seen
   plan['pairs'] += [[*p] for p in design.pairs if [*p] not in plan['pairs']]
   for name, members in design.tuned.items():
     old = plan['tuned'].setdefault(name, [])
     old += [member for member in members if member not in old]
-  plan['calls'].append({'time': _now(), 'command': request.command})
+  plan['calls'].append({
+    'time': _now(), 'command': request.command, 'seeds': added, 'seen': seen,
+  })  # fmt: skip
   return plan
 
 
@@ -256,7 +197,12 @@ def _result(
     if (best := comparison.lowest([results[m] for m in members]))
   }
   base = plan['headline'][1]
-  notes = []
+  added = [
+    comparison.Added(call['seeds'], call['seen'])
+    for call in plan['calls'][1:]
+    if call.get('seeds') and call['seen']
+  ]
+  notes = [each.words for each in added]
   if base in tuned:
     pairs += [
       (best, tuned[base])
@@ -271,15 +217,17 @@ def _result(
     headline=(plan['headline'][0], base),
     notes=notes,
     seen=plan.get('seen', 0),
+    added=added,
     command=request.command,
     tuned=tuned,
   )
 
 
 def _say(result: comparison.Comparison, out: pathlib.Path) -> None:
+  notes = ''.join(f'\n{note}' for note in result.notes)
   cli.say(
     f'\nheld-out loss, arm minus baseline, nats a token:\n'
-    f'{comparison.table(result)}\n\nreport: {out / _PAGE}'
+    f'{comparison.table(result)}\n{notes}\nreport: {out / _PAGE}'
   )
 
 

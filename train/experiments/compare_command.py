@@ -21,6 +21,7 @@ def add(commands) -> None:
   parser = commands.add_parser(
     'compare',
     help='arms against a baseline on paired seeds, with statistics',
+    usage='%(prog)s RECIPE --arm A --arm B:p=1.2 --out DIR [options]',
     description='Trains each arm on each seed and compares in pairs. The same '
     'command goes on where it was; finished cells are never run again. See '
     'docs/experiments.md.',
@@ -57,12 +58,11 @@ def add(commands) -> None:
     help='whose moments lr-measured takes',
   )
   add_common(parser)
-  cli.add_config_options(parser)
   parser.set_defaults(call=_call)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-  """Adds what all experiments have: seeds, places, engine."""
+  """Adds what all experiments have: seeds, places, engine, configuration."""
   parser.add_argument(
     '--seeds',
     type=seeds,
@@ -93,11 +93,16 @@ def add_common(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--dry-run', action='store_true', help='prints plan and cost, and ends'
   )
+  group = parser.add_argument_group(
+    'configuration', 'Of every cell, as of `run`; docs/cli.md has them.'
+  )
+  cli.add_config_options(group)
 
 
 def _call(options: argparse.Namespace) -> int:
-  from train.experiments import arms, compare, controls, experiment
+  from train.experiments import arms, compare, controls, experiment, outputs
 
+  outputs.check(options.out, outputs.COMPARISON)
   for name in options.control or ():
     if name not in controls.NAMES:
       raise UserError(
@@ -159,9 +164,13 @@ def seeds(text: str) -> tuple[int, ...]:
       f'{text!r} is neither a number of seeds, nor A:B, nor A,B'
     ) from None
   found = tuple(asked[: _MOST_SEEDS + 1])  # A range may be too long for a list.
-  if not found or min(found) < 0 or len(found) > _MOST_SEEDS:
+  if not found:
     raise argparse.ArgumentTypeError(
-      f'{text!r} is not between 1 and {_MOST_SEEDS} seeds from 0 on'
+      f'{text!r} is no seed at all: 3 is seeds 0, 1 and 2'
+    )
+  if min(found) < 0 or len(found) > _MOST_SEEDS:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not at most {_MOST_SEEDS} seeds from 0 on'
     )
   if len(set(found)) < len(found):
     raise argparse.ArgumentTypeError(f'{text!r} has a seed twice')

@@ -72,6 +72,39 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Added:
+  """Seeds of a later call than the first, with results to be looked at."""
+
+  seeds: Sequence[int]
+  """Ascending."""
+  seen: int
+  """Pairs of the headline that were finished then."""
+
+  @property
+  def words(self) -> str:
+    """For people."""
+    one = self.seen == 1
+    return (
+      f'{_spans(self.seeds)} {"was" if len(self.seeds) == 1 else "were"} added '
+      f'when {self.seen} {"pair" if one else "pairs"} of the headline had been '
+      f'seen: where {"it" if one else "they"} decided it, intervals are too '
+      'narrow and p-values too small.'
+    )
+
+
+def _spans(seeds: Sequence[int]) -> str:
+  """Ascending seeds, for people: 'Seed 3', 'Seeds 0-2, 5'."""
+  runs: list[list[int]] = []
+  for seed in seeds:
+    if runs and seed == runs[-1][1] + 1:
+      runs[-1][1] = seed
+    else:
+      runs.append([seed, seed])
+  text = ', '.join(f'{a}' if a == b else f'{a}-{b}' for a, b in runs)
+  return f'{"Seed" if len(seeds) == 1 else "Seeds"} {text}'
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
   """All that a page shows."""
 
@@ -85,6 +118,8 @@ class Comparison:
   """What runs it again."""
   seen: int = 0
   """Pairs of the headline that were finished when it was named."""
+  added: Sequence[Added] = ()
+  """Seeds that came when pairs of the headline had been seen."""
   tuned: Mapping[str, str] = dataclasses.field(default_factory=dict)
   """Arm to that of its learning rates with the lowest mean loss."""
 
@@ -189,6 +224,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     'title': comparison.title,
     'headline': comparison.headline and list(comparison.headline),
     'headline_seen': comparison.seen,
+    'seeds_added': [dataclasses.asdict(each) for each in comparison.added],
     'arms': {
       arm.name: {
         'overrides': dict(arm.overrides),
@@ -231,6 +267,8 @@ def _pair_json(pair: Pair) -> dict[str, Any]:
 
 def table(comparison: Comparison) -> str:
   """The pairs, for a terminal."""
+  if not any(pair.paired for pair in comparison.pairs):
+    return '  no seed is finished on both sides of a pair yet'
   head = ('arm', 'against', 'n', 'mean', '95 % interval', 'sd', 'p', 'Holm',
           'tokens to baseline')  # fmt: skip
   rows = [head, *(_row(pair) for pair in comparison.pairs)]

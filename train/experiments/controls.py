@@ -1,6 +1,7 @@
 """The controls: arms that take away what else the power changes.
 
-Each holds learning rate x weight decay fixed, so that parameters decay alike.
+One that changes a learning rate holds learning rate x weight decay fixed, so
+that the parameters of its pair decay alike.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from train.config import Config, OptimizerConfig
 from train.errors import UserError
 from train.experiments.arms import Arm
 
+_RATE = 'optimizer.learning_rate'
 _KNOWN_RATE = 1e-3  # What the paper's grid lies around.
 
 
@@ -51,7 +53,9 @@ _LOG_ROOT_PI = math.lgamma(0.5)
 def _lr_matched(
   base: Arm, arm: Arm, config: Config, shrinks: Mapping[float, float] | None
 ) -> Controlled:
-  tag = 'lr' if shrinks is None else 'measured-lr'
+  name, tag = 'lr-matched', 'lr'
+  if shrinks is not None:
+    name, tag = 'lr-measured', 'measured-lr'
 
   def step(of: Arm) -> float:
     p = of.config(config).optimizer.power
@@ -64,9 +68,17 @@ def _lr_matched(
       )
     return shrinks[p]
 
+  for of in (base, arm):
+    if of.config(config).optimizer.name == 'muon':
+      raise UserError(
+        f"--control {name} is of Adam's step, which the power shrinks: arm "
+        f'{of.name} has Muon, whose step is of one size at every power; '
+        'compare it in a call without this control, or take lr-tuned'
+      )
   r = step(arm) / step(base)  # The baseline may be behind a power too.
-  slow = _at_rate(base, f'{base.name}-{tag}-of-{arm.name}', config, r)
-  fast = _at_rate(arm, f'{arm.name}-{tag}', config, 1 / r)
+  # Either may have a learning rate of its own: the other's is what is met.
+  slow = _with_step_of(arm, base, f'{base.name}-{tag}-of-{arm.name}', config, r)
+  fast = _with_step_of(base, arm, f'{arm.name}-{tag}', config, 1 / r)
   return Controlled(
     (slow, fast), ((arm.name, slow.name), (fast.name, base.name))
   )
@@ -76,9 +88,11 @@ def _eps_matched(
   base: Arm, arm: Arm, config: Config, shrinks: Mapping[float, float] | None
 ) -> Controlled:
   del shrinks
-  c = arm.config(config).optimizer
-  plain = base.config(config).optimizer.power
-  new = arm.but(f'{arm.name}-eps', eps=c.eps ** (c.power / plain))
+  # Muon's matrices have their own use of eps, for a norm that it is far below:
+  # what counts is the group that is AdamW's.
+  plain = base.config(config).optimizer
+  power = arm.config(config).optimizer.power
+  new = arm.but(f'{arm.name}-eps', eps=plain.eps ** (power / plain.power))
   return Controlled((new,), ((new.name, base.name),))
 
 
@@ -115,7 +129,8 @@ def expand(
     shrinks: r(p) as measured, for 'lr-measured'.
 
   Raises:
-    UserError: no arm has another power; r(p) is not known.
+    UserError: no arm has another power; r(p) is not known, or is none of an
+      arm's optimizer.
   """
   base = arms[0]
   parts = [
@@ -163,22 +178,49 @@ def rates(config: Config, recipe: str) -> tuple[float, ...]:
 def tuned(
   arms: Sequence[Arm], config: Config, grid: Sequence[float]
 ) -> dict[str, list[Arm]]:
-  """Arms at each rate of a grid, by the name of the one that is tuned."""
+  """Arms at each rate of a grid, by the name of the one that is tuned.
+
+  Args:
+    arms: The first is the baseline.
+    config: What they change.
+    grid: The rates.
+
+  Raises:
+    UserError: a rate is there twice; an arm's own rate would have it decay
+      unlike the baseline at each of them.
+  """
+  for i, rate in enumerate(grid):
+    if any(f'{rate:g}' == f'{other:g}' for other in grid[:i]):
+      raise UserError(f'--lr-grid has {rate:g} twice')
+  decays = [_decay(arm, config) for arm in arms]
   out = {}
-  for arm in arms:
+  for arm, decay in zip(arms, decays, strict=True):
+    if _RATE in arm.overrides and not math.isclose(decay, decays[0]):
+      raise UserError(
+        f'--control lr-tuned holds learning rate x weight decay, {decays[0]:g} '
+        f'of {arms[0].name} and {decay:g} of {arm.name}, whose lr is its own: '
+        'leave lr to the grid'
+      )
     own = arm.config(config).optimizer.learning_rate
     out[arm.name] = [
       arm
       if math.isclose(rate, own)
-      else _at_rate(arm, f'{arm.name}-lr{rate:g}', config, rate / own)
+      else _with_step_of(arm, arm, f'{arm.name}-lr{rate:g}', config, rate / own)
       for rate in grid
     ]
   return out
 
 
-def _at_rate(arm: Arm, name: str, config: Config, factor: float) -> Arm:
-  """Changes the learning rate by a factor, and weight decay by its inverse."""
+def _decay(arm: Arm, config: Config) -> float:
   c: OptimizerConfig = arm.config(config).optimizer
+  return c.learning_rate * c.weight_decay
+
+
+def _with_step_of(
+  other: Arm, arm: Arm, name: str, config: Config, factor: float
+) -> Arm:
+  """An arm at a multiple of the other's learning rate, which decays alike."""
+  c: OptimizerConfig = other.config(config).optimizer
   return arm.but(
     name,
     learning_rate=c.learning_rate * factor,

@@ -1,33 +1,34 @@
 """Experiments: cells that are to be run, what they cost, and their running."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import pathlib
 import shutil
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 
-from models import accounting
 from train import cli, distributed, loop
 from train.config import Config, DataConfig
 from train.data import dataset as data
 from train.errors import UserError
-from train.experiments import one_cell
+from train.experiments import one_cell, timing, workers
 from train.experiments.arms import Arm
 from train.experiments.cells import DIVERGED, Cell, Record, Store
+from train.experiments.timing import duration
 from train.recipe_table import cost
 from train.watch_options import WatchOptions
 
 _logger = logging.getLogger('train')
 
 INTERRUPTED, PREEMPTED = 130, 75  # Exit statuses.
+_FIRST_LINE, _BETWEEN_LINES = 20.0, 60.0  # Seconds, of cells side by side.
 
 
 class Engine(Protocol):
@@ -125,64 +126,52 @@ def missing(wanted: Sequence[Cell], store: Store) -> list[Cell]:
 
 
 def say_budget(
-  wanted: Sequence[Cell], new: Sequence[Cell], store: Store, workers: int
+  wanted: Sequence[Cell], new: Sequence[Cell], store: Store, engine: Engine
 ) -> None:
-  """Prints what is to be computed and how long that takes on this machine."""
+  """Prints what is to be computed, and about how long that takes here.
+
+  Raises:
+    KeyboardInterrupt: a signal has come while a step was timed.
+  """
   if not distributed.is_main():
     return
   total = len({cell.key for cell in wanted})
   cli.say(f'{total} cells, of which {total - len(new)} are done')
   if not new:
     return
-  flops = sum(_flops(cell.config) for cell in new)
   tokens = sum(cost(cell.config).tokens for cell in new)
-  rate, source = _rate(new, store)
-  hours = flops / rate / min(workers, len(new)) / 3600
+  flops = sum(timing.flops(cell.config) for cell in new)
   cli.say(
     f'to run: {len(new)} cells, {tokens / 1e6:,.1f}M training tokens, '
-    f'{flops:.2e} FLOPs with evaluations\n'
-    f'on this machine about {duration(3600 * hours)}: {workers} at once, '
-    f'{rate / 1e9:,.0f} GFLOP/s each ({source})'
+    f'{flops:.2e} FLOPs with evaluations'
+  )
+  here = isinstance(engine, workers.Local)
+  at_once = engine.workers if here else jobs(None)
+  found = timing.seconds_each(
+    new,
+    store.records(),
+    one_cell.machine(max(1, one_cell.cores() // at_once)),
+    functools.partial(_time_a_step, at_once),
+  )
+  if found is None:
+    return
+  seconds, source = found
+  place = 'on this machine' if here else 'on this machine, were it run here,'
+  cli.say(
+    f'{place} about {duration(timing.makespan(seconds, at_once))}: '
+    f'{min(at_once, len(new))} at once, about '
+    f'{duration(sum(seconds) / len(new))} a cell ({source})'
   )
 
 
-def _flops(config: Config) -> float:
-  """Of training and of all evaluations."""
-  d = config.data
-  evaluations = math.ceil(config.steps / config.eval_every)
-  scored = accounting.flops_per_token(
-    config.model, d.sequence_length, backward=False
-  )
-  return cost(config).flops + evaluations * d.validation_tokens * scored
-
-
-def _rate(new: Sequence[Cell], store: Store) -> tuple[float, str]:
-  """Operations a second of one worker, and how that is known."""
-  like = _shape(new[0].config)
-  known = [
-    record['flops'] / record['seconds']
-    for record in store.records()
-    if record['seconds']
-    and record['device'].split(',')[0] == one_cell.machine().split(',')[0]
-    and _shape_of(record) == like
-  ]
-  if known:
-    known.sort()
-    return known[len(known) // 2], f'as in {len(known)} cells before'
-  config = new[0].config
-  seconds = one_cell.seconds_a_step(config)
-  flops = cost(config).flops / config.steps
-  return flops / seconds, 'a few steps, timed alone on all cores'
-
-
-def _shape(config: Config) -> tuple[Any, ...]:
-  of = cost(config)
-  return of.parameters.total, config.tokens_per_step
-
-
-def _shape_of(record: Record) -> tuple[Any, ...]:
-  d = record['config']['data']
-  return record['parameters'], d['batch_size'] * d['sequence_length']
+def _time_a_step(at_once: int, config: Config) -> float | None:
+  """Seconds of a step, on the cores that a cell is going to have."""
+  if distributed.several():  # One process cannot take a step.
+    return None
+  engine = workers.Local(at_once)
+  for _, seconds in engine.run(one_cell.seconds_a_step, [(config,)]):
+    return seconds
+  raise KeyboardInterrupt
 
 
 def run_missing(
@@ -202,51 +191,63 @@ def run_missing(
   Raises:
     UserError: of a cell.
   """
-  alone = engine.workers == 1
+  # It shows each run by itself then.
+  alone = engine.workers == 1 and isinstance(engine, workers.Local)
   watch = WatchOptions(quiet=not alone)
   tasks = [(cell, runs / cell.key, watch) for cell in new]
-  begun = time.monotonic()
+  progress = timing.Progress(new, runs, engine.workers)
   done = 0
   if not alone:
     _logger.info('%d at once', min(engine.workers, len(new)))
-  for i, record in engine.run(one_cell.train, tasks):
-    done += 1
-    if distributed.is_main():
-      store.put(new[i].key, record)
-      # Not before: a cell whose record is lost would be run again. A leftover
-      # costs room alone.
-      shutil.rmtree(runs / new[i].key, ignore_errors=True)
-      spent = time.monotonic() - begun
-      # At first, others are about to end as well.
-      ended = max(done, min(engine.workers, len(new)))
-      left = spent / ended * (len(new) - done)
-      print(
-        f'[{done}/{len(new)}] {new[i].label}: {_end(record)}'
-        + (f'; about {duration(left)} left' if done < len(new) else ''),
-        file=sys.stderr,
-        flush=True,
-      )
+  with contextlib.nullcontext() if alone else _told(progress):
+    for i, record in engine.run(one_cell.train, tasks):
+      done += 1
+      if distributed.is_main():
+        store.put(new[i].key, record)
+        # Not before: a cell whose record is lost would be run again. A leftover
+        # costs room alone.
+        shutil.rmtree(runs / new[i].key, ignore_errors=True)
+        progress.end(new[i].key)
+        left = progress.left() if done < len(new) else None
+        _print(
+          f'[{done}/{len(new)}] {new[i].label}: {_end(record)}'
+          + ('' if left is None else f'; about {duration(left)} left')
+        )
   if not engine.signal:
     return 0
   if distributed.is_main():
-    print(
+    _print(
       f'interrupted ({engine.signal}): {done} of {len(new)} cells are done, '
-      'those under way are saved; the same command goes on',
-      file=sys.stderr,
+      'those under way are saved; the same command goes on'
     )
   return INTERRUPTED if engine.signal == 'SIGINT' else PREEMPTED
+
+
+@contextlib.contextmanager
+def _told(progress: timing.Progress) -> Iterator[None]:
+  """Prints now and then how far cells are that nothing else shows."""
+  over = threading.Event()
+
+  def tell() -> None:
+    wait = _FIRST_LINE
+    while not over.wait(wait):
+      _print(progress.line())
+      wait = _BETWEEN_LINES
+
+  thread = threading.Thread(target=tell, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
+
+
+def _print(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def _end(record: Record) -> str:
   if record['status'] == DIVERGED:
     return 'diverged'
   return f'{record["validation_loss"]:.4f}'
-
-
-def duration(seconds: float) -> str:
-  """For people: '40 s', '12 min', '3.4 h'."""
-  if seconds < 90:
-    return f'{seconds:.0f} s'
-  if seconds < 5400:
-    return f'{seconds / 60:.0f} min'
-  return f'{seconds / 3600:.1f} h'

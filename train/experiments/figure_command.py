@@ -17,6 +17,7 @@ def add(commands) -> None:
   parser = commands.add_parser(
     'figure',
     help="runs and draws one of the paper's figures",
+    usage='%(prog)s FIGURE --out DIR [options]',
     description='Trains what a figure needs and is not in the store yet, and '
     'draws it. The same command goes on where it was. See docs/experiments.md.',
   )
@@ -53,7 +54,6 @@ def add(commands) -> None:
     help='of figure 7: a run with --noise, whose u(p) is drawn too',
   )
   compare_command.add_common(parser)
-  cli.add_config_options(parser)
   parser.set_defaults(call=_call)
 
 

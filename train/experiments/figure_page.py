@@ -27,6 +27,9 @@ def write(
   title: str,
   sections: Sequence[Section],
   notes: Sequence[str] = (),
+  *,
+  found: Sequence[str] = (),
+  small: str = '',
 ) -> None:
   """Writes a self-contained page, atomically; the same input, the same bytes.
 
@@ -34,12 +37,17 @@ def write(
     path: The HTML file; its folder must exist.
     title: The page's heading.
     sections: What stands on it, from above.
-    notes: Caveats, shown in a callout above all.
+    notes: Caveats, shown in a callout below all.
+    found: What has come of it, in sentences: the first stands out, above all.
+    small: What they rest on, in small letters.
 
   Raises:
     UserError: path cannot be written.
   """
-  body = callout(notes) + ''.join(map(_section, sections))
+  body = lead(small, *found) if found else ''
+  body += ''.join(map(_section, sections))
+  if notes:
+    body += f'<h2>Notes</h2>{callout(notes, small=True)}'
   save(path, report_style.page(title, body))
 
 
@@ -57,10 +65,21 @@ def save(path: epath.PathLike, text: str) -> None:
       raise UserError(storage.reason(error, path)) from error
 
 
-def callout(notes: Sequence[str]) -> str:
+def lead(small: str, first: str, *rest: str) -> str:
+  """What a page has to say, as HTML: a remark, the result, and more of it."""
+  remark = f'<p><small>{html.escape(small)}</small></p>' if small else ''
+  more = ''.join(f'<p>{html.escape(each)}</p>' for each in rest)
+  return (
+    f'<div class="lead">{remark}<p class="first">{html.escape(first)}</p>'
+    f'{more}</div>'
+  )
+
+
+def callout(notes: Sequence[str], *, small: bool = False) -> str:
   """The notes in a box, as HTML."""
   items = ''.join(f'<p>{html.escape(note)}</p>' for note in notes)
-  return f'<aside aria-label="Notes">{items}</aside>' if notes else ''
+  size = ' class="small"' if small else ''
+  return f'<aside aria-label="Notes"{size}>{items}</aside>' if notes else ''
 
 
 def table(caption: str, rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,10 @@ from train.run_log import read_run
 def step_ratios(run_dir: pathlib.Path) -> dict[float, float]:
   """r(p) by p, as `gradpower_optax.noise` has it, the mean over the run.
 
+  It is that of an eighth of a batch or less, from as few gradients, where what
+  Adam sees is the batch: at p = 1.2 right to about 0.005 under Gaussian and
+  Laplace's noise ten times the signal, to 0.03 where it is less or bounded.
+
   Raises:
     UserError: the directory holds no run, or one without moments.
   """

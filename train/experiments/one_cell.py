@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from train import step as step_lib
 from train.config import Config
 from train.errors import DivergedError
 from train.experiments.cells import DIVERGED, DONE, Cell, Record
+from train.lives import alive
 from train.recipe_table import cost
 from train.run_facts import versions
 from train.run_log import RunLog, read_run
@@ -91,7 +93,7 @@ def seconds_a_step(config: Config) -> float:
     state, metrics = programs.train_step(state, ones)
     jax.block_until_ready(metrics)
     times.append(time.monotonic() - start)
-  return min(times[1:])  # The first one compiles.
+  return statistics.median(times[1:])  # The first one compiles.
 
 
 def _record(cell: Cell, log: RunLog, end: Mapping[str, Any]) -> Record:
@@ -111,6 +113,7 @@ def _record(cell: Cell, log: RunLog, end: Mapping[str, Any]) -> Record:
     'flops': of.flops,
     # Of the steps: without compilation, evaluation and saves.
     'seconds': round(sum(tokens / rate for rate in rates), 1),
+    'wall': round(alive(log)[0], 1),  # All, of each time that it was begun.
     'validation': [
       [int(step), int(line.get('tokens', step * tokens)), _short(line['loss'])]
       for step, line in log.validation.items()
@@ -152,8 +155,12 @@ def _short(loss: float) -> float | None:
   return round(loss, 6) if math.isfinite(loss) else None
 
 
-def machine() -> str:
-  """Names the devices that a run of this process uses."""
+def machine(given: int | None = None) -> str:
+  """Names the devices that a run uses.
+
+  Args:
+    given: Cores of a CPU; None for those that this process has.
+  """
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return f'{jax.device_count()} x {device.device_kind}'
@@ -162,7 +169,15 @@ def machine() -> str:
     info = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
     name = next(line for line in info if line.startswith('model name'))
     name = name.partition(':')[2].strip()
-  return f'{name}, {cores()} {"core" if cores() == 1 else "cores"}'
+  count = given or min(cores(), _threads())
+  return f'{name}, {count} {"core" if count == 1 else "cores"}'
+
+
+def _threads() -> float:
+  """How many XLA is told to take: fewer than the cores, on a shared node."""
+  with contextlib.suppress(KeyError, ValueError):
+    return max(1, int(os.environ['NPROC']))
+  return math.inf
 
 
 def cores() -> int:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from train import charts, report_style
-from train.experiments import figure_page, page_figures
+from train.experiments import figure_page, page_controls, page_figures
 from train.experiments import page_tables as tables
 from train.experiments.comparison import Comparison, Pair, number
 from train.experiments.page_figures import name, span, tokens_share
 from train.experiments.page_tables import DASH
 
 _LEVEL = 0.05
+_TIED = '\N{NO-BREAK SPACE}'
 _NAMED = 3  # Pairs that a remark names, of those that it is true of.
 
 
@@ -29,6 +30,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> None:
   figures = page_figures.draw(comparison)
   body = f"""{_headline(comparison)}
 {_pairs(comparison)}
+{page_controls.draw(comparison)}
 {figure_page.callout([*comparison.notes, *_remarks(comparison)])}
 {f'<h2>Figures</h2><div class="figures">{figures}</div>' if figures else ''}
 <h2>Cells</h2>
@@ -86,11 +88,7 @@ def _headline(comparison: Comparison) -> str:
 
 
 def _lead(small: str, first: str, *rest: str) -> str:
-  more = f'<p>{html.escape(" ".join(rest))}</p>' if rest else ''
-  return (
-    f'<div class="lead"><p><small>{html.escape(small)}</small></p>'
-    f'<p class="first">{html.escape(first)}</p>{more}</div>'
-  )
+  return figure_page.lead(small, first, *([' '.join(rest)] if rest else []))
 
 
 def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
@@ -98,40 +96,33 @@ def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
   arm, baseline, p = pair.arm, pair.baseline, pair.paired
   diverged = {each: n for each, n in pair.diverged.items() if n}
   planned = _planned(comparison, pair)
-  where = 'Where both finished, ' if diverged else ''
-  unknown = f'which of {arm} and {baseline} is better cannot be told'
+  head = f'{arm} against {baseline}'
   if p is None:
-    yield f'{_capital(unknown)}: no seed has finished with both.'
+    yield f'{head}: cannot be told, as no seed has finished with both.'
   elif p.n == 1:
-    side = 'below' if p.mean < 0 else 'above'
-    yield (
-      f'{_capital(unknown)} from one seed: {arm} ended {abs(p.mean):.4f} nats '
-      f'a token {side} {baseline}, and nothing says how much of it is chance.'
-    )
+    yield f'{head}: {charts.signed(p.mean)} from one seed: cannot be told.'
+    yield 'Nothing says how much of it is chance.'
   else:
     assert p.ci95 is not None
     # Chosen for its outcome, it is one of many.
     told = verdict(pair, pair.p_holm if comparison.seen else p.p_value)
-    if told == 'the same':
-      yield f'{arm} and {baseline} ended with the same loss in every seed.'
-    elif told == 'cannot be told':
-      reason = 'the 95 % interval of the mean paired difference holds zero'
+    yield (
+      f'{head}: {charts.signed(p.mean)} (95{_TIED}%{_TIED}{span(p.ci95)}) over '
+      f'{p.n} seeds{" that both finished" if diverged else ""}: {told}.'
+    )
+    if told == 'cannot be told':
       if p.p_value is not None and p.p_value < _LEVEL:
-        reason = f'p after Holm, over all pairs here, is not below {_LEVEL:g}'
-      yield f'{_capital(where + unknown)}: {reason}.'
-    else:
-      side = 'lower' if told == 'better' else 'higher'
-      yield (
-        f'{where}{arm} is {told} than {baseline}: its final validation loss is '
-        f'{abs(p.mean):.4f} nats a token {side} in the mean.'
-      )
-    tests = f'paired t-test p {_equals(p.p_value)}'
+        yield f'p after Holm, over all pairs here, is not below {_LEVEL:g}.'
+      else:
+        yield 'The interval holds zero: either may be the better one.'
+    yield (
+      'It is the mean paired difference of final validation loss, in nats a '
+      f'token: below zero {arm} is better.'
+    )
+    tests = f'Paired t-test p {_equals(p.p_value)}'
     if p.p_sign_flip is not None:
       tests += f', sign-flip test p {_equals(p.p_sign_flip)}'
-    yield (
-      f'Mean paired difference {charts.signed(p.mean)}, 95 % interval '
-      f'{span(p.ci95)}, n = {p.n} seeds; {tests}.'
-    )
+    yield f'{tests}.'
   if diverged:
     words = ' and '.join(f'{each} in {n}' for each, n in diverged.items())
     yield (
@@ -146,10 +137,6 @@ def _finding(comparison: Comparison, pair: Pair) -> Iterable[str]:
   )
   if waiting:
     yield f'Preliminary: {waiting} of {planned} seeds are not run yet.'
-
-
-def _capital(sentence: str) -> str:
-  return sentence[0].upper() + sentence[1:]
 
 
 def _equals(p: float | None) -> str:

@@ -11,6 +11,7 @@ from train.experiments import comparison as comparison_lib
 from train.experiments import paired
 from train.experiments.comparison import ArmResult, Comparison, Pair
 
+_BANDS = 3  # More at once muddy each other.
 MINUS = '\N{MINUS SIGN}'
 _BAND = 'Shaded: the 95 % interval of the mean over seeds.'
 _CURVES = charts.COLOURS  # More could not be told apart.
@@ -124,19 +125,34 @@ def _intervals(
 
 
 def _band(
-  run: int, tokens: np.ndarray, losses: np.ndarray, label: str
+  run: int, tokens: np.ndarray, losses: np.ndarray, label: str, *, thin: bool
 ) -> tuple[list[charts.Curve | plots.Band], list[tuple[float, float, float]]]:
-  """The mean over seeds and its band; and where they lie: (x, low, high)."""
+  """The mean over seeds and its band; and where they lie: (x, low, high).
+
+  A thin one has no band.
+  """
   mean, half = paired.interval(losses)
+  if thin:
+    half = np.zeros_like(half)
   edges = [
     (float(at), float(m - h), float(m + h))
     for at, m, h in zip(tokens, mean, half, strict=True)
   ]
   points = [(at, (low + high) / 2) for at, low, high in edges]
   items: list[charts.Curve | plots.Band] = []
-  if len(losses) > 1:
+  if len(losses) > 1 and not thin:
     items.append(plots.Band(run, edges))
-  return [*items, charts.Curve(run, points, 'marked', label)], edges
+  style = 'soft' if thin else 'marked'
+  return [*items, charts.Curve(run, points, style, label)], edges
+
+
+def _banded(count: int, comparison: Comparison, rest: str) -> str:
+  """What is shaded, of so many curves, and what is to be known of it."""
+  if count <= _BANDS:
+    return f' {_BAND} {rest}'
+  if comparison.headline is None:
+    return ' So many curves have no bands.'
+  return f' {_BAND} Of so many curves the headline alone has one. {rest}'
 
 
 def _fit(
@@ -174,7 +190,8 @@ def _losses(
     if not len(tokens):
       continue
     run = colours[arm.name]
-    drawn, at = _band(run, tokens, losses, arm.name)
+    thin = len(arms) > _BANDS and arm.name not in (comparison.headline or ())
+    drawn, at = _band(run, tokens, losses, arm.name, thin=thin)
     items += drawn
     edges += at
     counts.add(len(seeds))
@@ -187,10 +204,11 @@ def _losses(
     f'Means over {_seeds(counts)}. The range fits all but the first quarter.'
   )
   if max(counts) > 1:
-    text += (
-      f' {_BAND} It holds what the seeds change in all arms alike, which the '
-      'paired differences do not.'
-    )
+    text += _banded(
+      len(arms), comparison,
+      'Part of its width is what a seed does to all arms alike; paired '
+      'differences are free of that.',
+    )  # fmt: skip
   if not common:
     text += ' No seed is finished in all arms: each mean has seeds of its own.'
   if any(arm.diverged() for arm in arms):
@@ -234,7 +252,10 @@ def _differences(
     if not len(tokens):
       continue
     run = colours[pair.arm, pair.baseline]
-    drawn, at = _band(run, tokens, ours[1][:, i] - theirs[1][:, j], name(pair))
+    gaps = ours[1][:, i] - theirs[1][:, j]
+    named = (pair.arm, pair.baseline) == comparison.headline
+    thin = len(pairs) > _BANDS and not named
+    drawn, at = _band(run, tokens, gaps, name(pair), thin=thin)
     items += drawn
     edges += at
     counts.add(len(pair.seeds))
@@ -250,7 +271,10 @@ def _differences(
     'the first fifth.'
   )
   if max(counts) > 1:
-    text += f' {_BAND} It holds at each point by itself, not for all at once.'
+    text += _banded(
+      len(pairs), comparison,
+      'It holds at each point by itself, not for all at once.',
+    )  # fmt: skip
   text += _left_out(
     len(pairs), sum(bool(pair.paired) for pair in comparison.pairs), 'pairs',
     'the headline and the lowest',

@@ -12,6 +12,7 @@ from train.lives import duration
 
 DASH = '\N{EM DASH}'
 _OPEN = 30  # Cells; more are folded away.
+_MOST_DIGITS = 8  # Of a number that is shown as it is.
 
 
 def cards(
@@ -149,7 +150,8 @@ def configuration(comparison: Comparison) -> str:
   rows = [['Arm', *differ]]
   for arm, config in zip(arms, configs, strict=True):
     own = {key: as_text(value) for key, value in arm.overrides.items()}
-    rows.append([arm.name, *((config or own).get(key, DASH) for key in differ)])
+    values = ((config or own).get(key, DASH) for key in differ)
+    rows.append([arm.name, *map(_short, values)])
   out = figure_page.table('What the arms change', rows) if differ else ''
   sections: dict[str, str] = {}
   for key in keys:
@@ -179,6 +181,14 @@ def _config(arm: ArmResult) -> dict[str, str] | None:
       flat.pop('seed', None)
       return flat
   return None
+
+
+def _short(value: str) -> str:
+  """A number with four figures, where it has more than people read."""
+  try:
+    return value if len(value) <= _MOST_DIGITS else f'{float(value):.4g}'
+  except ValueError:
+    return value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = '') -> Any:

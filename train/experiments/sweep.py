@@ -5,7 +5,6 @@ earlier one has run are taken from the store.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 from train import cli, distributed, storage
 from train.config import Config
 from train.errors import UserError
-from train.experiments import experiment, sweep_page
+from train.experiments import experiment, place, sweep_page
 from train.experiments.arms import ALIASES, parse_change
 from train.experiments.cells import Cell, Store
 from train.experiments.comparison import ArmResult
@@ -30,7 +29,8 @@ _SHORT = {path: alias for alias, path in ALIASES.items() if alias != 'power'}
 _BY_STEPS = ('steps', 'optimizer.warmup_steps', 'eval_every', 'save_every')
 _PER_STEP = ('data.batch_size', 'data.sequence_length')
 _OTHER_TEXT = (
-  'The points differ in text, vocabulary or split: their losses do not compare.'
+  'The points differ in text, vocabulary, split or held-out tokens: their '
+  'losses do not compare, and none is called the best.'
 )
 _OTHER_TOKENS = 'The points differ in the tokens that they are trained on.'
 
@@ -192,21 +192,24 @@ def run(request: Request, engine: experiment.Engine, *, dry: bool) -> int:
   ]
   store = Store(request.store or request.out / 'cells')
   new = experiment.missing(cells, store)
-  experiment.say_budget(cells, new, store, engine.workers)
+  experiment.say_budget(cells, new, store, engine)
   if dry:
     return 0
-  write = functools.partial(_write, request, points, cells, store)
-  with distributed.together():
-    write()  # What cannot be written is said before hours are spent.
   status = 0
-  try:
-    if new:
-      status = experiment.run_missing(new, store, request.out / 'runs', engine)
-  finally:
-    result = write()
+  with place.held(request.out, store.directory):
+    try:
+      if new:
+        status = experiment.run_missing(
+          new, store, request.out / 'runs', engine
+        )
+    finally:
+      result = _write(request, points, cells, store)
   if distributed.is_main():
+    order = 'the lowest mean over seeds first'
+    if not result.compares:
+      order = f'in the order given. {_OTHER_TEXT}'
     cli.say(
-      '\nheld-out loss, nats a token, the lowest mean over seeds first:\n'
+      f'\nheld-out loss, nats a token, {order}:\n'
       f'{sweep_page.text(result)}\n\nreport: {request.out / _PAGE}'
     )
   return status
@@ -238,10 +241,11 @@ def _write(
         ArmResult(name, point, records),
         {short(path): value for path, value in values.items()},
         own[0].config,
+        f'{own[0].source_hash} {own[0].config.data.validation_tokens}',
       )
     )
   notes = []
-  if len({cell.source_hash for cell in cells}) > 1:
+  if len({point.held_out for point in found}) > 1:
     notes.append(_OTHER_TEXT)
   if SIZE not in fields and len({_tokens(cell.config) for cell in cells}) > 1:
     notes.append(_OTHER_TOKENS)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 
-from train import cli
 from train.experiments import compare_command
 
 
@@ -12,6 +11,7 @@ def add(commands) -> None:
   parser = commands.add_parser(
     'sweep',
     help='a grid or a list of settings, each on the same seeds',
+    usage='%(prog)s RECIPE --over FIELD=VALUE,VALUE --out DIR [options]',
     description='Trains each point of a grid, or of a list, on each seed. The '
     'same command goes on where it was; finished cells are never run again. '
     'See docs/experiments.md.',
@@ -35,13 +35,13 @@ def add(commands) -> None:
     help='a single point, beside the grid or without one',
   )
   compare_command.add_common(parser)
-  cli.add_config_options(parser)
   parser.set_defaults(call=_call)
 
 
 def _call(options: argparse.Namespace) -> int:
-  from train.experiments import experiment, sweep
+  from train.experiments import experiment, outputs, sweep
 
+  outputs.check(options.out, outputs.SWEEP)
   request = sweep.Request(
     recipe=options.recipe,
     config=functools.cache(

@@ -38,6 +38,8 @@ class Point:
   the model has no such field."""
   config: Config
   """Of one of the seeds, resolved."""
+  held_out: str = ''
+  """Identifies what the loss is of: text, vocabulary, split, tokens."""
 
   @property
   def losses(self) -> list[float]:
@@ -66,15 +68,30 @@ class Sweep:
   """What runs it again."""
 
   @property
+  def compares(self) -> bool:
+    """Whether all points have losses of the same held-out text."""
+    return len({point.held_out for point in self.points}) == 1
+
+  @property
   def ranked(self) -> list[Point]:
-    """From the lowest mean up; then those that have none."""
+    """From the lowest mean up; then those that have none.
+
+    As they were given where they do not compare.
+    """
+    if not self.compares:
+      return list(self.points)
     known = [point for point in self.points if point.losses]
     known.sort(key=lambda point: point.estimate.value)
     return known + [point for point in self.points if not point.losses]
 
   @property
   def best(self) -> Point | None:
-    """Of the lowest mean; None until all have finished the same seeds."""
+    """Of the lowest mean; None until all have finished the same seeds.
+
+    None too where they do not compare.
+    """
+    if not self.compares:
+      return None
     best = comparison.lowest([point.result for point in self.points])
     return next((p for p in self.points if p.result is best), None)
 
@@ -156,6 +173,8 @@ def _behind(point: Point, best: Point) -> paired.Paired | None:
 
 def text(sweep: Sweep) -> str:
   """The table, for a terminal."""
+  if not any(point.result.losses() for point in sweep.points):
+    return '  no cell is finished yet'
   lines = rows(sweep)
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return '\n'.join(
@@ -165,7 +184,7 @@ def text(sweep: Sweep) -> str:
       for i, (cell, width) in enumerate(zip(line, widths, strict=True))
     ).rstrip()
     for line in lines
-  )
+  ) + ''.join(f'\n{edge}' for edge in edges(sweep))
 
 
 def write(path: pathlib.Path, sweep: Sweep) -> None:
@@ -179,9 +198,46 @@ def write(path: pathlib.Path, sweep: Sweep) -> None:
     if section := _against(sweep, name):
       sections.append(section)
   notes = [*sweep.notes, _CHANCE]
+  found = []
+  if best := sweep.best:
+    found = [f'Lowest: {best.result.name}, {_told(best)}.', *edges(sweep)]
   if sweep.command:
     notes.append(f'Made by: {sweep.command}')
-  figure_page.write(path, sweep.title, sections, notes)
+  figure_page.write(path, sweep.title, sections, notes, found=found)
+
+
+def _told(point: Point) -> str:
+  """Its mean, for people."""
+  mean, n = point.estimate, len(point.losses)
+  text = f'{mean.value:.4f}'
+  if n > 1:
+    text += f' (95 % {mean.low:.4f} to {mean.high:.4f})'
+  return f'{text} over {n} {"seed" if n == 1 else "seeds"}'
+
+
+def edges(sweep: Sweep) -> list[str]:
+  """Where the best point lies at an end of what was tried, in sentences.
+
+  A field of two values compares them, all but the learning rate.
+  """
+  best = sweep.best
+  out: list[str] = []
+  if best is None:
+    return out
+  for name in best.values:
+    if name == _SIZE or not all(_is_number(p, name) for p in sweep.points):
+      continue
+    tried = sorted({_number(point, name) for point in sweep.points})
+    at = _number(best, name)
+    if len(tried) < (2 if name == 'lr' else 3) or tried[0] < at < tried[-1]:
+      continue
+    way = 'below' if at == tried[0] else 'above'
+    out.append(
+      f'The best {name} of those tried, {at:g}, is the '
+      f'{"lowest" if way == "below" else "highest"} of them: a better one may '
+      f'lie {way}.'
+    )
+  return out
 
 
 def _all(sweep: Sweep) -> figure_page.Section:
@@ -197,7 +253,8 @@ def _all(sweep: Sweep) -> figure_page.Section:
     )
     for point in shown
   ]
-  caption = f'The lowest mean first; small dots are seeds. {_ENDS}'
+  first = 'The lowest mean first; s' if sweep.compares else 'S'
+  caption = f'{first}mall dots are seeds. {_ENDS}'
   if len(sweep.points) > len(shown) == _MOST_ROWS:
     caption += f' The first {_MOST_ROWS} of {len(sweep.points)}.'
   return figure_page.Section(
@@ -232,7 +289,13 @@ def _against(sweep: Sweep, name: str) -> figure_page.Section | None:
       key = ' '.join(f'{other}={point.values[other]}' for other in others)
       curves.setdefault(key, []).append(point)
   caption = _ENDS
-  if len(curves) > charts.COLOURS:
+  many = len(curves) > charts.COLOURS
+  if any(
+    len({point.held_out for point in members}) > 1
+    for members in ([points] if many else curves.values())
+  ):
+    return None  # No curve through losses that do not compare.
+  if many:
     caption = (
       f'At each {name} the lowest mean over {" and ".join(others)}. {_ENDS}'
     )

@@ -102,7 +102,7 @@ def test_what_is_put_is_there_again(tmp_path):
 )
 def test_a_file_that_is_no_cells_is_named(tmp_path, content):
   (tmp_path / 'bad.json').write_text(content)
-  with pytest.raises(UserError, match=r'bad\.json is not the record of a cell'):
+  with pytest.raises(UserError, match=r'holds bad\.json, which is no record'):
     Store(tmp_path)
 
 

@@ -197,23 +197,41 @@ def test_a_headline_named_afterwards_is_told(
   assert 'headline: p13 against base, named before' in capsys.readouterr().out
 
 
-def test_what_another_call_adds_meanwhile_is_kept(
-  quick, compare, results, monkeypatch
+def test_seeds_added_after_a_look_are_told(
+  quick, compare, results, tmp_path, monkeypatch, capsys
 ):
-  begun = []
+  with monkeypatch.context() as stopped:
+    stopped.setattr(one_cell, 'train', lambda *_: 'SIGINT')
+    assert compare(*ARMS, '--seeds', 1) == 130
+  assert compare(*ARMS) == 0  # Nothing had been seen.
+  assert 'seen' not in capsys.readouterr().out
+  assert results()['seeds_added'] == []
+  # Also where the headline's arm is not asked for again.
+  more = '--arm', 'base', '--arm', 'p11:p=1.1', '--seeds', '3:5'
+  assert compare(*more) == 0
+  words = 'Seeds 3-4 were added when 3 pairs of the headline had been seen'
+  assert words in capsys.readouterr().out
+  found = results()
+  assert found['seeds_added'] == [{'seeds': [3, 4], 'seen': 3}]
+  assert found['notes'][0].startswith(words)
+  assert words in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_a_directory_is_one_calls_at_a_time(
+  quick, compare, results, monkeypatch, capsys
+):
+  refusals = []
 
   def slowly(cell, directory, watch):
-    if not begun:
-      begun.append(cell)
-      more = '--arm', 'p11:p=1.1', '--seeds', '3,4'
-      assert compare(*ARMS, *more) == 0
+    if not refusals:
+      refusals.append(refused(compare, capsys, *ARMS, '--seeds', 5))
     return made_up(cell, directory, watch)
 
   monkeypatch.setattr(one_cell, 'train', slowly)
   assert compare(*ARMS) == 0
-  assert {pair['arm']: pair['n'] for pair in results()['paired']} == {
-    'p12': 5, 'p11': 2,
-  }  # fmt: skip
+  assert 'in use by process' in refusals[0]
+  assert refusals[0].endswith('name another --out')
+  assert results()['paired'][0]['n'] == 3
 
 
 @pytest.mark.slow
@@ -270,12 +288,14 @@ def test_the_headline_stays(quick, compare, tmp_path, capsys):
      'needs an arm whose power is not the baseline'),
     ([*ARMS, '--headline', 'best'], 'there is no such arm'),
     ([*ARMS, '--headline', 'base'], 'is the baseline itself'),
-    ([*ARMS, '--seeds', '0'], "'0' is not between 1 and 1000 seeds"),
+    ([*ARMS, '--seeds', '0'], "'0' is no seed at all: 3 is seeds 0, 1 and 2"),
     ([*ARMS, '--seeds', 'x'], 'neither a number of seeds'),
     ([*ARMS, '--seeds', '1,1'], 'has a seed twice'),
-    ([*ARMS, '--seeds', '0:99999999999'], 'between 1 and 1000 seeds'),
-    ([*ARMS, '--seeds', '99999999999'], 'between 1 and 1000 seeds'),
-    ([*ARMS, '--seeds', '9' * 30], 'between 1 and 1000 seeds'),
+    ([*ARMS, '--seeds', '0:99999999999'], 'at most 1000 seeds'),
+    ([*ARMS, '--seeds', '99999999999'], 'at most 1000 seeds'),
+    ([*ARMS, '--seeds', '9' * 30], 'at most 1000 seeds'),
+    (['--arm', 'a', '--arm', 'b:power=1'], 'arms a and b are the same run'),
+    ([*ARMS, '--arm', 'q:p=1.2,wd=0.1'], 'arms p12 and q are the same run'),
     ([*ARMS, '--lr-grid', '0'], 'not learning rates'),
     ([*ARMS, '--jobs', '0'], 'not at least 1'),
     ([*ARMS, '--control', 'lr-measured', '--noise-run', '/nowhere'],

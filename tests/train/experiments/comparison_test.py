@@ -95,6 +95,19 @@ def test_the_best_of_tuned_arms():
   assert comparison.lowest([high, low, arm('new', [record(1), None])]) is None
 
 
+def test_seeds_that_were_added_after_a_look_are_told():
+  added = comparison.Added([3, 4, 5, 7], 3)
+  assert added.words.startswith(
+    'Seeds 3-5, 7 were added when 3 pairs of the headline had been seen'
+  )
+  one = comparison.Added([9], 1).words
+  assert one.startswith('Seed 9 was added when 1 pair of')
+  result = comparison.Comparison('t', {}, [], None, added=[added])
+  assert comparison.to_json(result)['seeds_added'] == [
+    {'seeds': [3, 4, 5, 7], 'seen': 3}
+  ]
+
+
 def test_the_table_and_the_file_hold_the_pairs():
   arms = {
     'p12': arm('p12', [record(2.9), record(2.8)]),
@@ -125,3 +138,13 @@ def test_the_table_and_the_file_hold_the_pairs():
 )
 def test_p_values_for_people(p, text):
   assert comparison.number(p) == text
+
+
+def test_a_table_of_nothing_says_so():
+  arms = {'a': arm('a', [None]), 'b': arm('b', [record(3.0)])}
+  found = comparison.Comparison(
+    't', arms, comparison.pairs(arms, [('a', 'b')]), ('a', 'b')
+  )
+  assert comparison.table(found) == (
+    '  no seed is finished on both sides of a pair yet'
+  )

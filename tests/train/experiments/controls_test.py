@@ -63,6 +63,46 @@ def test_lr_matched():
   assert list(made) == ['base-lr-of-p12', 'p12-lr']
 
 
+def test_lr_matched_meets_the_rate_of_the_other_side():
+  """Of an arm with its own: its pair has one step, and one decay."""
+  own = arms.parse_all(['base', 'p12:power=1.2,lr=2e-3'])
+  found = controls.expand('lr-matched', own, CONFIG)
+  by_name = {arm.name: arm for arm in (*own, *found.arms)}
+  for one, other in found.pairs:
+    steps, decays = zip(
+      *(
+        (
+          c.learning_rate * controls.effective_step(c.power),
+          c.learning_rate * c.weight_decay,
+        )
+        for c in (by_name[n].config(CONFIG).optimizer for n in (one, other))
+      ),
+      strict=True,
+    )
+    assert steps[0] == pytest.approx(steps[1])
+    assert decays[0] == pytest.approx(decays[1])
+  slow = by_name['base-lr-of-p12'].config(CONFIG).optimizer
+  assert slow.learning_rate == 2e-3 * controls.effective_step(1.2)
+
+
+@pytest.mark.parametrize('texts', [
+  ('base', 'm12:optimizer=muon,p=1.2'), ('m:optimizer=muon', 'p12:p=1.2'),
+])  # fmt: skip
+@pytest.mark.parametrize('name', ['lr-matched', 'lr-measured'])
+def test_muon_has_no_step_to_match(name, texts):
+  shrinks = {1.0: 1.0, 1.2: 0.9} if name == 'lr-measured' else None
+  with pytest.raises(UserError, match=f'--control {name} .* has Muon') as found:
+    controls.expand(name, arms.parse_all(list(texts)), CONFIG, shrinks)
+  assert '\n' not in str(found.value)
+
+
+def test_eps_is_matched_to_the_baselines():
+  """Also of Muon's arm, whose other group is AdamW's."""
+  own = arms.parse_all(['base', 'm12:optimizer=muon,p=1.2,eps=1e-3'])
+  (arm,) = controls.expand('eps-matched', own, CONFIG).arms
+  assert arm.config(CONFIG).optimizer.eps == 1e-8**1.2
+
+
 def test_the_baseline_may_be_behind_a_power_itself():
   """What is matched is the step and eps of the two arms, not of p = 1."""
   optimizer = dataclasses.replace(CONFIG.optimizer, power=1.2)
@@ -115,6 +155,15 @@ def test_tuned_arms_hold_the_decay_and_keep_what_is_there():
       assert c.learning_rate * c.weight_decay == pytest.approx(
         CONFIG.optimizer.learning_rate * CONFIG.optimizer.weight_decay
       )
+
+
+@pytest.mark.parametrize('texts, grid, message', [
+  (('base', 'p12:p=1.2'), (1e-3, 2e-3, 0.001), '--lr-grid has 0.001 twice'),
+  (('base', 'p12:p=1.2,lr=2e-3'), (1e-3,), 'leave lr to the grid'),
+])  # fmt: skip
+def test_what_cannot_be_tuned(texts, grid, message):
+  with pytest.raises(UserError, match=message):
+    controls.tuned(arms.parse_all(list(texts)), CONFIG, grid)
 
 
 def test_the_grid_is_the_papers_or_lies_likewise():

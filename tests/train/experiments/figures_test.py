@@ -107,7 +107,9 @@ def test_a_figure(quick, figure, results, tmp_path, capsys, which):
   said = capsys.readouterr().out
   assert f'{3 * CASES[which]} cells, of which 0 are done' in said
   assert 'FLOPs with evaluations' in said
-  assert 'nan' not in page(tmp_path, which)
+  text = page(tmp_path, which)
+  assert 'Nothing yet: no seed is finished' in text and 'nan' not in text
+  assert '<figure' not in text and '<table' not in text  # None is empty.
   assert all(pair['n'] == 0 for pair in results(which)['paired'])
 
   assert figure(which, '--seeds', 1) == 0  # One seed: no intervals.
@@ -135,6 +137,11 @@ def test_a_figure(quick, figure, results, tmp_path, capsys, which):
   text = page(tmp_path, which)
   assert '<svg role="img"' in text and 'NaN' not in text and 'nan' not in text
   assert 'Half-widths reached' in text
+  assert (
+    text.index('class="lead"')
+    < text.index('<svg role')
+    < text.index('Half-widths')
+  )
 
   assert figure(which, '--dry-run') == 0
   said = capsys.readouterr().out
@@ -328,7 +335,8 @@ def test_a_directory_holds_one_figure(quick, figure, tmp_path, capsys):
   out = tmp_path / 'out'
   assert figure('2', '--seeds', 1, out=out) == 0
   assert figure('4', '--seeds', 1, out=out) == 2
-  assert 'is not of figure 4: name another --out' in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert 'holds figure 2, which figure 4 would write over' in said
   (out / 'results.json').write_text('[]')
   assert figure('2', '--seeds', 1, out=out) == 2
 
@@ -358,6 +366,7 @@ def test_a_real_figure(figure, results, tmp_path):
   for record in Store(tmp_path / '4' / 'cells').records():
     assert record['config']['optimizer']['schedule'] == 'wsd'
     assert record['config']['model']['family'] == 'qwen2_moe'
+    assert record['wall'] > record['seconds'] > 0
   assert '<svg role="img"' in page(tmp_path, '4')
   assert not list((tmp_path / '4' / 'runs').iterdir())
 

@@ -229,8 +229,22 @@ def test_sizes_text_and_many_curves(sweeps, results, runs, tmp_path):
   assert 'Against schedule' not in page  # It is no number.
 
 
-def test_what_does_not_compare_is_said(sweeps, results, runs):
-  assert sweeps('--over', 'data.vocab_size=300,310', '--seeds', 1) == 0
+def test_what_does_not_compare_is_said(sweeps, results, runs, tmp_path, capsys):
+  over = '--over', 'data.vocab_size=310,300', '--over', 'p=1,1.2'
+  assert sweeps(*over, '--seeds', 1) == 0
+  said = capsys.readouterr().out
+  assert 'lowest' not in said
+  assert 'do not compare' in said
+  rows = said[said.index('  point') :].splitlines()[1:5]
+  assert [row.split()[0] for row in rows] == [
+    'data.vocab_size=310', 'data.vocab_size=310',
+    'data.vocab_size=300', 'data.vocab_size=300',
+  ]  # fmt: skip
+  assert all(row.split()[-1] == '-' for row in rows)
+  assert results()['best'] is None
+  page = (tmp_path / 'out' / 'report.html').read_text()
+  assert 'Against p' in page  # A curve a vocabulary, none across them.
+  assert 'Against data.vocab_size' not in page
   assert any('do not compare' in note for note in results()['notes'])
   assert not any('differ in the tokens' in n for n in results()['notes'])
   # --steps is given: there are as many at every batch.
@@ -251,7 +265,7 @@ def test_a_dry_run_trains_nothing(sweeps, runs, tmp_path, capsys):
   (['--over', 'size=nonsense'], "no recipe 'nonsense'"),
   (['--over', 'p=-1'], 'point p=-1.0: --optimizer.power must be'),
   (['--over='], '--over : write field=value,value'),
-  (['--over', 'p=1', '--seeds', '0'], 'is not between 1 and'),
+  (['--over', 'p=1', '--seeds', '0'], 'is no seed at all'),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(sweeps, runs, argv, message, capsys):
   assert sweeps(*argv) == 2

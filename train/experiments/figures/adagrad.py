@@ -71,7 +71,7 @@ def draw(results: Results) -> Drawing:
 
 
 def _bound(p: float) -> str:
-  return f'{1 / (p + 1):.3f} [N]' if p < 1 else '0.5' if p == 1 else '-'
+  return f'{1 / (p + 1):.3f}' if p < 1 else '0.5' if p == 1 else '-'
 
 
 def _rates(gaps: theory.Gaps) -> dict[str, dict]:
@@ -121,7 +121,7 @@ def _section(name: str, gaps: theory.Gaps, rates: dict[str, dict]) -> Section:
     'fitted, with 95 % intervals over repeats.',
     charts.legend([f'p = {p:g}' for p in _POWERS]) + drawn,
     [
-      ['p', 'r, averaged iterate', 'r, last iterate', 'bound of the paper'],
+      ['p', 'r, averaged iterate', 'r, last iterate', 'bound of the paper [N]'],
       *(
         [f'{p:g}', fitted(p, 'averaged'), fitted(p, 'last'), _bound(p)]
         for p in _POWERS

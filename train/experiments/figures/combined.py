@@ -69,7 +69,7 @@ def draw(results: Results) -> Drawing:
   best = fits.best_power(
     _MUON, results.losses([power_name('muon', p) for p in _MUON])
   )
-  told = 'not all powers are run' if best is None else best.words
+  told = 'not all powers are run' if best is None else f'p = {best.words}'
   rows: list[tuple[str, paired.Paired | None, int]] = [
     (f'{arm} minus {base}', results.pair(arm, base).paired, run)
     for run, (arm, base) in enumerate(_PAIRS, start=1)
@@ -100,7 +100,7 @@ def draw(results: Results) -> Drawing:
     Section(
       'The power behind Muon',
       f'Below 0 better than Muon alone. {shapes.INTERVALS} {shapes.BEYOND} '
-      f'Minimum of a parabola: p = {told} (95 % set of Fieller).',
+      f'Minimum of a parabola: {told}; in brackets the 95 % set of Fieller.',
       powers.along_p(results, [('muon', _MUON)], ['']),
       shapes.pair_table(of_muon),
     ),
@@ -124,6 +124,6 @@ def draw(results: Results) -> Drawing:
   }
   lines = [
     f'interaction of power and blockwise: {shapes.words(together)}',
-    f'best p behind Muon: {told}',
+    f'lowest loss behind Muon: {told}',
   ]
   return Drawing(sections, _NOTES, values, lines)

@@ -9,9 +9,17 @@ from typing import Any
 
 from train import cli, distributed, storage
 from train.errors import UserError
-from train.experiments import comparison, experiment, figure_page
+from train.experiments import (
+  comparison,
+  experiment,
+  figure_page,
+  outputs,
+  page,
+  place,
+)
 from train.experiments.cells import Cell, Store
 from train.experiments.comparison import ArmResult, Comparison
+from train.experiments.figures import shapes
 from train.experiments.figures.design import PAPER, Design, Drawing, Request
 from train.experiments.figures.results import Results
 from train.recipe_table import DENSE_MFU, DEVICES, SPARSE_MFU, cost
@@ -28,6 +36,8 @@ FIGURES = {
 }
 """Each figure's module."""
 _RESULTS, _PAGE = 'results.json', 'report.html'
+_NOTHING = 'Nothing yet: no seed is finished on both sides of a pair.'
+_FEW = 4  # Pairs that are told one by one.
 _MARKS = (
   'Marks: [P] printed in the paper (arXiv 2505.24275), [C] read in its '
   "authors' code, [N] a second-hand note of it, [I] inferred or computed in "
@@ -69,17 +79,18 @@ def run(request: Request, engine: experiment.Engine) -> int:
       return 0
     store = Store(request.store or request.out / 'cells')
     new = experiment.missing(cells, store)
-    experiment.say_budget(cells, new, store, engine.workers)
+    experiment.say_budget(cells, new, store, engine)
     if main and request.scale == PAPER:
       cli.say(_on_paper(design, request))
-    try:
-      if new and not request.dry:
-        status = experiment.run_missing(
-          new, store, request.out / 'runs', engine
-        )
-    finally:
-      if main:
-        _write(request, module, _results(request, design, cells, store))
+    with place.held(request.out, store.directory):
+      try:
+        if new and not request.dry:
+          status = experiment.run_missing(
+            new, store, request.out / 'runs', engine
+          )
+      finally:
+        if main:
+          _write(request, module, _results(request, design, cells, store))
   elif main and not request.dry:
     _write(request, module, _results(request, design, [], None))
   return status
@@ -106,16 +117,7 @@ def _check(request: Request, module: ModuleType) -> None:
     raise UserError(
       f'figure {request.figure} trains no model: it takes no --{given[0]}'
     )
-  path = request.out / _RESULTS
-  if path.exists():
-    try:
-      held = json.loads(path.read_text())['figure']
-    except (OSError, ValueError, LookupError, TypeError):
-      held = 'something else'
-    if held != request.figure:
-      raise UserError(
-        f'{path} is not of figure {request.figure}: name another --out'
-      )
+  outputs.check(request.out, outputs.figure(request.figure))
 
 
 def _cells(design: Design, seeds: Sequence[int]) -> list[Cell]:
@@ -165,20 +167,44 @@ def _results(
 def _write(request: Request, module: ModuleType, results: Results) -> None:
   """Writes file and page, and prints the table."""
   drawing: Drawing = module.draw(results)
-  notes = [*drawing.notes, *_this_run(results), _MARKS]
+  small, told = _this_run(results)
+  notes = [*told, *drawing.notes, _MARKS]
   whole = Comparison(
     results.design.title, results.arms, results.pairs, None, notes,
     request.command,
   )  # fmt: skip
   _save(request.out / _RESULTS, _document(request, results, whole, drawing))
+  lines, sections = list(drawing.lines), drawing.sections
+  found = [*_pairs(results), *map(_sentence, lines)]
+  if results.design.cases:
+    # Of what is not run there is nothing to be seen.
+    sections = [section for section in sections if section.drawn]
+    if not sections:
+      lines, found = [], [_NOTHING]
   figure_page.write(
-    request.out / _PAGE, results.design.title, drawing.sections, notes
-  )
-  lines = list(drawing.lines)
+    request.out / _PAGE, results.design.title, sections, notes,
+    found=found, small=small,
+  )  # fmt: skip
   if results.pairs:
     head = '\nheld-out loss, arm minus baseline, nats a token:'
-    lines = [head, comparison.table(whole), '', *lines]
+    lines = [head, comparison.table(whole), *([''] if lines else []), *lines]
   cli.say('\n'.join([*lines, '', f'report: {request.out / _PAGE}']))
+
+
+def _pairs(results: Results) -> list[str]:
+  """What the pairs of a figure have come to, where they are few."""
+  if len(results.pairs) > _FEW:
+    return []
+  return [
+    f'{pair.arm} against {pair.baseline}: {shapes.words(pair.paired)} over '
+    f'{pair.paired.n} seeds: {page.verdict(pair, pair.p_holm)}.'
+    for pair in results.pairs
+    if pair.paired
+  ]
+
+
+def _sentence(line: str) -> str:
+  return f'{line[0].upper()}{line[1:]}.'
 
 
 def _document(
@@ -194,11 +220,11 @@ def _document(
   }
 
 
-def _this_run(results: Results) -> list[str]:
-  """What this run can and cannot tell, in words."""
+def _this_run(results: Results) -> tuple[str, list[str]]:
+  """What this run is, and what it can and cannot tell, in words."""
   cases = results.design.cases
   if not cases:
-    return []
+    return '', []
   counts = [cost(case.config) for case in cases]
   ratios = [of.tokens / of.parameters.total for of in counts]
   sizes = [of.parameters.total for of in counts]
@@ -206,11 +232,11 @@ def _this_run(results: Results) -> list[str]:
   run = [record for record in all_cells if record]
   diverged = sum(arm.diverged() for arm in results.arms.values())
   n = len(results.request.seeds)
-  text = (
-    f'This run: {_range(sizes, ",.0f")} parameters, {_range(ratios, ".3g")} '
+  this = (
+    f'{_range(sizes, ",.0f")} parameters, {_range(ratios, ".3g")} '
     f'tokens a parameter, {n} {"seed" if n == 1 else "seeds"}; '
     f'{len(run)} of {len(all_cells)} cells are finished'
-    + (f', {diverged} of them diverged and in no mean. ' if diverged else '. ')
+    + (f', {diverged} of them diverged and in no mean.' if diverged else '.')
   )
   halves = [
     half
@@ -218,12 +244,12 @@ def _this_run(results: Results) -> list[str]:
     if pair.paired and (half := pair.paired.half_width) is not None
   ]
   if halves:
-    text += (
+    text = (
       f'Half-widths reached: {_range(halves, ".4f")} nats; what is smaller '
       'cannot be told here. '
     )
   else:
-    text += 'Without two seeds of a pair nothing can be told from chance. '
+    text = 'Without two seeds of a pair nothing can be told from chance. '
   text += (
     'A seed gives all arms the same initial parameters, data order and '
     'validation set. p-values are adjusted for the pairs of this figure alone. '
@@ -232,7 +258,7 @@ def _this_run(results: Results) -> list[str]:
   mixed = {pair.mixed for pair in results.pairs if pair.mixed}
   if mixed:
     text += f' Some pairs differ in {" and ".join(sorted(mixed))} too.'
-  return [text]
+  return this, [text]
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -38,11 +38,11 @@ def draw(results: Results) -> Drawing:
   size = results.design.cases[0].recipe
   names = [power_name(size, p) for p in _POWERS]
   best = fits.best_power(_POWERS, results.losses(names))
-  told = 'not all powers are run' if best is None else best.words
+  told = 'not all powers are run' if best is None else f'p = {best.words}'
   caption = (
     f'Below 0 better than p = 1. {shapes.INTERVALS} {shapes.BEYOND} Minimum of '
-    f'a parabola through all: p = {told}, with the 95 % set of Fieller over '
-    'seeds; it rests on the loss being a parabola in p.'
+    f'a parabola through all: {told}; in brackets the 95 % set of Fieller over '
+    'seeds, which rests on the loss being a parabola in p.'
   )
   sections = [
     Section(
@@ -53,13 +53,13 @@ def draw(results: Results) -> Drawing:
     ),
     Section(
       'Final loss',
-      'Means over seeds, each with its own 95 % interval, which holds what '
-      'seeds change in all arms alike.',
+      'Means over seeds, each with its own 95 % interval. Part of its width is '
+      'what a seed does to all arms alike.',
       _losses(results, names),
     ),
   ]
   values = {'best_power': as_json(best)}
-  return Drawing(sections, _NOTES, values, [f'best p: {told}'])
+  return Drawing(sections, _NOTES, values, [f'lowest loss: {told}'])
 
 
 def as_json(best: fits.Vertex | None) -> dict[str, float | bool | None] | None:

@@ -85,6 +85,8 @@ def pair_table(pairs: Sequence[Pair]) -> list[list[str]]:
            '95 % interval', 'p', 'p (Holm)', 'Diverged']]  # fmt: skip
   for pair in pairs:
     p = pair.paired
+    if p is None and not any(pair.diverged.values()):
+      continue  # Not run yet.
     rows.append([
       pair.arm,
       pair.baseline,
@@ -131,7 +133,10 @@ def curves(
     charts.y_axis('Validation loss, nats a token', late),
     items,
   )
-  text = f'Means over seeds. {BANDS} They hold what seeds change in all arms.'
+  text = (
+    f'Means over seeds. {BANDS} Part of their width is what a seed does to all '
+    'arms alike.'
+  )
   return Section(heading, text, charts.legend(legend) + drawn)
 
 
