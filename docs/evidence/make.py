@@ -49,7 +49,8 @@ def load(
     arms,
     comparison.pairs(arms, wanted),
     (headline[0], headline[1]) if headline else None,
-    notes=found.get('notes', ()),
+    # A figure's are about the paper, and stand on its own page.
+    notes=() if 'figure' in found else found.get('notes', ()),
     seen=found.get('headline_seen', 0),
     tuned=found.get('tuned', {}),
   )
@@ -169,6 +170,11 @@ def add(
     found = json.loads(results.read_text())
     words = shlex.split(found['command'])
     found['command'] = shlex.join(map(without_folders, words))
+    if 'fields' in found:  # Of a figure.
+      found['fields'] = {
+        field: without_folders(value) if isinstance(value, str) else value
+        for field, value in found['fields'].items()
+      }
     of_arms = [arm['seeds'].values() for arm in found['arms'].values()]
     finished = [
       cell['cell']

@@ -85,14 +85,20 @@ class Store:
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
     self._records: dict[str, Record] = {}
+    self._older: dict[str, Record] = {}  # By a key of when it was run.
     for path in sorted(directory.glob('*.json')):
       record = _read(path)
-      # By what it says, not by its name: fields may be new since.
+      # By what it says before its name: fields may be new since.
+      self._older[path.stem] = record
       self._records[key(record['config'], record['source_hash'])] = record
 
   def get(self, key: str) -> Record | None:
-    """Returns the record of a cell; None where it has not been run."""
-    return self._records.get(key)
+    """Returns the record of a cell; None where it has not been run.
+
+    Args:
+      key: Of this version, or the one it was put by.
+    """
+    return self._records.get(key) or self._older.get(key)
 
   def put(self, key: str, record: Record) -> None:
     """Keeps a record.

@@ -71,7 +71,11 @@ def test_a_record_of_before_a_field_existed_is_still_its_cells(tmp_path):
     del old['optimizer'][name]
   assert key(old, 'abc') == CELL.key
   (tmp_path / 'anything.json').write_text(json.dumps(record(config=old)))
-  assert Store(tmp_path).get(CELL.key)['validation_loss'] == 3.5
+  store = Store(tmp_path)
+  assert store.get(CELL.key)['validation_loss'] == 3.5
+  # What was written when it had another key finds it too.
+  assert store.get('anything') == store.get(CELL.key)
+  assert len(store.records()) == 1
 
 
 def test_what_is_put_is_there_again(tmp_path):
