@@ -1,6 +1,8 @@
-"""Eight fake CPU devices, and property tests without a deadline."""
+"""Eight fake CPU devices, kept programs, property tests without a deadline."""
 
 import os
+
+import pytest
 
 # Read when jax starts its backend; nothing has imported jax before this file.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -22,3 +24,28 @@ else:
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
   )
   hypothesis.settings.load_profile('patient')
+
+
+@pytest.fixture(scope='session')
+def programs(tmp_path_factory):
+  """Where compiled programs are kept, which saves half of the time."""
+  return str(tmp_path_factory.mktemp('programs'))
+
+
+@pytest.fixture(scope='module')
+def kept_programs(programs):
+  """Keeps those of a file of tests: what is compiled again is read."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  changed = {
+    'jax_compilation_cache_dir': programs,
+    'jax_persistent_cache_min_compile_time_secs': 0,
+  }
+  before = {name: getattr(jax.config, name) for name in changed}
+  for values in (changed, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # It looks at the settings once.
+    if values is changed:
+      yield

@@ -16,8 +16,10 @@ from jax.sharding import NamedSharding
 from models import decoder, families, sharding
 from models.config import REMAT_NAMES, LlamaConfig, Qwen2MoeConfig
 
+pytestmark = pytest.mark.usefixtures('kept_programs', 'unoptimized')
+
 LLAMA = LlamaConfig(
-  vocab_size=24, d_model=32, n_layers=3, n_heads=8, d_ff=16, init_std=0.3,
+  vocab_size=24, d_model=32, n_layers=2, n_heads=8, d_ff=16, init_std=0.3,
   z_loss=1e-3,
 )  # fmt: skip
 MOE = Qwen2MoeConfig(
@@ -26,6 +28,15 @@ MOE = Qwen2MoeConfig(
   balance_loss=0.1, router_z_loss=0.01, z_loss=1e-3,
 )  # fmt: skip
 FAMILIES = {'llama': LLAMA, 'qwen2_moe': MOE}
+
+
+@pytest.fixture
+def unoptimized(request):
+  """Compiles in half the time; slow tests have the programs that users have."""
+  quick = request.node.get_closest_marker('slow') is None
+  jax.config.update('jax_disable_most_optimizations', quick)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def slow(*case):
@@ -46,7 +57,8 @@ def parts(config, mesh=None):
     return families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
 
   graph, _ = nnx.split(nnx.eval_shape(model), nnx.Param)
-  return graph, parameters(dataclasses.replace(config, remat='none'))
+  alike = dataclasses.replace(config, remat='none', dtype='float32')
+  return graph, parameters(alike)
 
 
 @functools.cache
@@ -56,12 +68,18 @@ def parameters(config):
 
 
 def loss_and_gradients(config, mesh=None, *, batch=(TOKENS, TARGETS, WEIGHTS)):
-  graph, params = parts(config, mesh)
+  _, params = parts(config)
   if mesh is not None:
-    model = families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
-    params = jax.device_put(params, sharding.param_shardings(model, mesh))
+    params = jax.device_put(params, places(config, mesh))
     place = NamedSharding(mesh, sharding.spec('batch', 'length'))
     batch = jax.device_put(batch, place)
+  (loss, sums), grads = program(config, mesh)(params, batch)
+  return loss, sums, grads
+
+
+@functools.cache
+def program(config, mesh):
+  graph, _ = parts(config, mesh)
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -69,8 +87,15 @@ def loss_and_gradients(config, mesh=None, *, batch=(TOKENS, TARGETS, WEIGHTS)):
     sums = nnx.merge(graph, params).loss_sums(*batch)
     return decoder.total_loss(sums, config), sums
 
-  (loss, sums), grads = run(params, batch)
-  return loss, sums, grads
+  return run
+
+
+def places(config, mesh):
+  """Of parameters."""
+  model = nnx.eval_shape(
+    lambda: families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
+  )
+  return sharding.param_shardings(model, mesh)
 
 
 @functools.cache
@@ -195,33 +220,34 @@ def meshes():
       yield dict(zip(sharding.AXES, sizes, strict=True))
 
 
-SOME = [
-  {'data': 2, 'fsdp': 2, 'tensor': 2, 'expert': 1},
-  {'data': 1, 'fsdp': 2, 'tensor': 2, 'expert': 2},
-]
-ALL = [
-  pytest.param(sizes, marks=() if sizes in SOME else pytest.mark.slow)
+QUICK = {
+  'llama': {'data': 2, 'fsdp': 2, 'tensor': 2, 'expert': 1},
+  'qwen2_moe': {'data': 1, 'fsdp': 2, 'tensor': 2, 'expert': 2},
+}
+ON_MESHES = [
+  pytest.param(
+    config,
+    sizes,
+    marks=() if sizes == QUICK[name] else pytest.mark.slow,
+    id='-'.join(map(str, (name, *sizes.values()))),
+  )
+  for name, config in FAMILIES.items()
   for sizes in meshes()
 ]
 
 
-@pytest.mark.parametrize(
-  'sizes', ALL, ids=lambda sizes: '-'.join(map(str, sizes.values()))
-)
-@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(('config', 'sizes'), ON_MESHES)
 def test_every_mesh_equals_one_device(config, sizes):
-  assert len(ALL) == 20
+  assert len(ON_MESHES) == 40
   mesh = sharding.make_mesh(**sizes)
   sharding.check(config, mesh)
   found = loss_and_gradients(config, mesh)
   assert_same(config, found, expected(config))
   # Each gradient is where its parameter is.
-  model = nnx.eval_shape(
-    lambda: families.build(config, rngs=nnx.Rngs(params=0))
-  )
-  places = sharding.param_shardings(model, mesh)
   for leaf, place in zip(
-    jax.tree.leaves(found[2]), jax.tree.leaves(places), strict=True
+    jax.tree.leaves(found[2]),
+    jax.tree.leaves(places(config, mesh)),
+    strict=True,
   ):
     assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
@@ -304,10 +330,17 @@ def test_packed_documents_equal_separate_ones(family, scan):
   assert np.abs(mixed - model(params, packed, positions, segments)).max() > 0.01
 
 
-@pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
-def test_cached_decoding_equals_the_full_forward(config, scan):
-  config = dataclasses.replace(config, scan_layers=scan)
+@pytest.mark.parametrize(
+  ('family', 'scan'),
+  [
+    ('llama', True),
+    ('qwen2_moe', False),
+    slow('llama', False),
+    slow('qwen2_moe', True),
+  ],
+)
+def test_cached_decoding_equals_the_full_forward(family, scan):
+  config = dataclasses.replace(FAMILIES[family], scan_layers=scan)
   graph, params = parts(config)
   wanted = jax.jit(lambda p: nnx.merge(graph, p)(TOKENS))(params)
   step = jax.jit(lambda p, t, cache: nnx.merge(graph, p).decode(t, cache))
@@ -323,15 +356,13 @@ def test_cached_decoding_equals_the_full_forward(config, scan):
   )
 
 
-@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
-def test_one_prompt_on_a_mesh(config):
+@pytest.mark.parametrize('family', [slow('llama'), 'qwen2_moe'])
+def test_one_prompt_on_a_mesh(family):
   """A batch that the mesh does not divide is computed all the same."""
+  config = FAMILIES[family]
   mesh = sharding.make_mesh(fsdp=2, tensor=2, expert=2)
-  model = families.build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
-  graph, params = nnx.split(model)
-  params = jax.device_put(
-    nnx.to_pure_dict(params), sharding.param_shardings(model, mesh)
-  )
+  graph, params = parts(config, mesh)
+  params = jax.device_put(params, places(config, mesh))
   alone, _ = parts(config)
 
   def run(graph, params):
@@ -352,7 +383,8 @@ def test_one_prompt_on_a_mesh(config):
     wanted_grads,
   )
   step = jax.jit(lambda p, t, cache: nnx.merge(graph, p).decode(t, cache))
-  decoded, _ = step(params, TOKENS[:1], model.init_cache(1, 9))
+  cache = nnx.merge(graph, params).init_cache(1, 9)
+  decoded, _ = step(params, TOKENS[:1], cache)
   np.testing.assert_allclose(decoded, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -431,7 +463,7 @@ def test_groups_hold_every_layer_once_in_order(n_layers, step, dense):
 
 
 def test_regular_layers_are_one_group():
-  assert decoder.layer_groups(LLAMA) == [decoder.Group((False,), 3)]
+  assert decoder.layer_groups(LLAMA) == [decoder.Group((False,), 2)]
   assert decoder.layer_groups(MOE) == [decoder.Group((False, True), 2)]
   first_dense = Qwen2MoeConfig(n_layers=12, dense_layers=(0,))
   assert decoder.layer_groups(first_dense) == [

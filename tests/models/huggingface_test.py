@@ -1,6 +1,7 @@
 """Both families against transformers: recorded values, and live where it is."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -21,9 +22,10 @@ _spec = importlib.util.spec_from_file_location(
 reference = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(reference)
 RECORDED = json.loads(reference.RECORD.read_text())
+AGAIN = 'multi_head', 'grouped_query', 'moe', 'moe_llama3_multi_head_no_bias'
 
 
-def our_results(folder):
+def our_results(folder, compiler_options=None):
   """Logits, losses and gradients, those in Hugging Face's names and layouts."""
   model = huggingface.load(folder)
   graph, params = nnx.split(model)
@@ -31,7 +33,7 @@ def our_results(folder):
     jnp.asarray(x, jnp.int32) for x in (reference.INPUTS, reference.TARGETS)
   )
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=compiler_options)
   def results(params):
     def loss(params):
       sums = nnx.merge(graph, params).loss_sums(inputs, targets)
@@ -76,9 +78,18 @@ def check_balance_loss(ours, recorded):
     assert ours == 0
 
 
-@pytest.mark.parametrize('case', reference.CASES)
+@pytest.mark.parametrize(
+  'case',
+  [
+    # What is in AGAIN is in others too, but for the combination.
+    pytest.param(case, marks=pytest.mark.slow) if case in AGAIN else case
+    for case in reference.CASES
+  ],
+)
 def test_recorded_parity(case, tmp_path):
-  ours = our_results(reference.write(tmp_path, reference.CASES[case]))
+  folder = reference.write(tmp_path, reference.CASES[case])
+  # Compiles in half the time; optimized it is compared with transformers live.
+  ours = our_results(folder, {'xla_backend_optimization_level': 0})
   recorded = RECORDED[case]
   assert error(ours['logits'], np.array(recorded['logits'])) < 1e-4
   assert ours['loss'] == pytest.approx(recorded['loss'], rel=1e-5)

@@ -8,9 +8,7 @@ import random
 import subprocess
 import sys
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from train.__main__ import main as entry_point
 
@@ -59,28 +57,6 @@ def tiny(text_files):
 def data_cache(tmp_path_factory):
   """Tokens of all tests here."""
   return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='session')
-def programs(tmp_path_factory):
-  """Where compiled programs are kept, which saves half of the time."""
-  return str(tmp_path_factory.mktemp('programs'))
-
-
-@pytest.fixture
-def kept_programs(programs):
-  """Keeps those of this process too."""
-  changed = {
-    'jax_compilation_cache_dir': programs,
-    'jax_persistent_cache_min_compile_time_secs': 0,
-  }
-  before = {name: getattr(jax.config, name) for name in changed}
-  for values in (changed, before):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()  # It looks at the settings once.
-    if values is changed:
-      yield
 
 
 @pytest.fixture(autouse=True)

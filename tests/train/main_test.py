@@ -217,6 +217,7 @@ OF_EXTRAS = {
   'apache_beam',
   'fsspec',
   'gcsfs',
+  'ray',
   'tensorboardX',
   'wandb',
 }

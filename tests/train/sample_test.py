@@ -20,6 +20,8 @@ from train.digest import params_digest
 from train.errors import UserError
 from train.generate import generate
 
+pytestmark = pytest.mark.usefixtures('kept_programs')
+
 SHAPES = {
   'vocab_size': 270, 'd_model': 16, 'n_heads': 2, 'n_kv_heads': 1, 'd_ff': 32,
 }  # fmt: skip
@@ -39,7 +41,7 @@ def run_dir(trained, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, tiny, data_cache):
+def trained(tmp_path_factory, tiny, data_cache, kept_programs):
   """A run on all devices, its layers scanned; steps 20 and 24 are kept."""
   run_dir = tmp_path_factory.mktemp('trained') / 'run'
   with pytest.MonkeyPatch.context() as patch:

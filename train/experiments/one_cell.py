@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from train import allocator, distributed, kept_programs, loop, mesh
 from train import config as config_lib
-from train import distributed, kept_programs, loop, mesh
 from train import step as step_lib
 from train.config import Config
 from train.errors import DivergedError
@@ -81,6 +81,7 @@ def seconds_a_step(config: Config) -> float:
     config: Resolved.
   """
   kept_programs.keep()
+  allocator.keep_memory()
   programs = step_lib.programs(config, mesh.make_mesh(config.mesh))
   state = programs.init()
   ones = {

@@ -9,6 +9,9 @@ import time
 from train.errors import UserError
 from train.experiments import workers
 
+LONGEST = 600.0
+"""Seconds that a task takes which nobody stops: a machine may be busy."""
+
 
 def square(x):
   return x * x
@@ -29,14 +32,22 @@ def divide(x):
   return 1 / x
 
 
-def named(x):
-  return 'SIGHUP' if x == 1 else x
+def named(x, directory):
+  """The task 1 names a signal; those behind it do not end before it."""
+  if x == 1:
+    (directory / 'named').touch()
+    return 'SIGHUP'
+  if x > 1:
+    while not (directory / 'named').exists():
+      time.sleep(0.02)
+    time.sleep(0.1)  # Until its result is under way.
+  return x
 
 
 def die(x, number):
   if x == 1:
     os.kill(os.getpid(), number)
-  time.sleep(60)
+  time.sleep(LONGEST)
 
 
 def until_stopped(name, directory):
@@ -46,7 +57,7 @@ def until_stopped(name, directory):
   before = {n: signal.signal(n, lambda n, _: heard.append(n)) for n in numbers}
   if directory.is_dir():
     (directory / f'{name}.begun').write_text(str(os.getpid()))
-  end = time.monotonic() + 60
+  end = time.monotonic() + LONGEST
   while not heard and time.monotonic() < end:
     time.sleep(0.02)
   time.sleep(0.2)  # It saves.
@@ -60,11 +71,11 @@ def until_stopped(name, directory):
 
 
 def stubborn(name, directory):
-  """Hears of nothing, as a process inside a long call does."""
+  """Does not end, as a process inside a long call; says that it was told."""
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda *_: None)
+    signal.signal(number, lambda *_: (directory / f'{name}.told').touch())
   (directory / f'{name}.begun').write_text(str(os.getpid()))
-  end = time.monotonic() + 60
+  end = time.monotonic() + LONGEST
   while time.monotonic() < end:
     time.sleep(0.02)
 
