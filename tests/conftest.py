@@ -1,6 +1,7 @@
-"""Eight fake CPU devices, kept programs, property tests without a deadline."""
+"""Eight fake CPU devices, quick compilation, properties without a deadline."""
 
 import os
+import re
 
 import pytest
 
@@ -24,6 +25,27 @@ else:
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
   )
   hypothesis.settings.load_profile('patient')
+
+
+_QUICKLY = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
+_AS_USERS_HAVE_IT = re.compile(
+  'gradpower_optax/|benchmarks/|aot/|(?<![a-z])tpu(?![a-z])|live_parity'
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Has tests of models and trainer compile in two thirds of the time.
+
+  It is LLVM that optimizes less. Tests of the optimizers, whose last bits and
+  memory are looked at, of programs for TPUs, and the live parity with
+  transformers have programs as users have them.
+  """
+  quickly = not _AS_USERS_HAVE_IT.search(item.nodeid)
+  os.environ[_QUICKLY] = str(int(quickly))  # Of processes that it starts.
+  import jax
+
+  jax.config.update(_QUICKLY.lower(), quickly)
 
 
 @pytest.fixture(scope='session')

@@ -26,7 +26,6 @@ _spec.loader.exec_module(aot)
 # Relative to the largest value: float32 sums in another order; bfloat16 has 8
 # bits, and kernels round probabilities before or after they divide.
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
-UNOPTIMIZED = {'xla_backend_optimization_level': 0}  # Where shapes are many.
 
 
 def draw(batch, length, heads, kv_heads, width, dtype='float32', seed=0):
@@ -42,12 +41,12 @@ def documents(batch, length, seed=0, chance=0.2):
   return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
 
 
-def with_gradients(function, compiler_options=None):
+def with_gradients(function):
   def run(q, k, v, dy, segments=None):
     y, pull = jax.vjp(lambda *args: function(*args, segments), q, k, v)
     return y, *pull(dy)
 
-  return jax.jit(run, compiler_options=compiler_options)
+  return jax.jit(run)
 
 
 def on_mesh(mesh):
@@ -85,10 +84,10 @@ def test_portable_is_the_formula(
   args = draw(batch, length, heads, kv_heads, width, dtype, seed)
   segments = documents(batch, length, seed) if packed else None
   with mock.patch.object(attention_portable, 'BLOCK', 4):
-    found = with_gradients(portable, UNOPTIMIZED)(*args, segments)
+    found = with_gradients(portable)(*args, segments)
   # In float32 throughout: also what bfloat16 should come close to.
   wide = [x.astype(jnp.float32) for x in args]
-  expected = with_gradients(attention.reference, UNOPTIMIZED)(*wide, segments)
+  expected = with_gradients(attention.reference)(*wide, segments)
   assert_same(found, [x.astype(dtype) for x in expected], dtype)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from models import decoder, families, sharding
 from models.config import REMAT_NAMES, LlamaConfig, Qwen2MoeConfig
 
-pytestmark = pytest.mark.usefixtures('kept_programs', 'unoptimized')
+pytestmark = pytest.mark.usefixtures('kept_programs')
 
 LLAMA = LlamaConfig(
   vocab_size=24, d_model=32, n_layers=2, n_heads=8, d_ff=16, init_std=0.3,
@@ -28,15 +28,6 @@ MOE = Qwen2MoeConfig(
   balance_loss=0.1, router_z_loss=0.01, z_loss=1e-3,
 )  # fmt: skip
 FAMILIES = {'llama': LLAMA, 'qwen2_moe': MOE}
-
-
-@pytest.fixture
-def unoptimized(request):
-  """Compiles in half the time; slow tests have the programs that users have."""
-  quick = request.node.get_closest_marker('slow') is None
-  jax.config.update('jax_disable_most_optimizations', quick)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def slow(*case):

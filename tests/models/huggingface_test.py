@@ -1,7 +1,6 @@
 """Both families against transformers: recorded values, and live where it is."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import pathlib
@@ -25,7 +24,7 @@ RECORDED = json.loads(reference.RECORD.read_text())
 AGAIN = 'multi_head', 'grouped_query', 'moe', 'moe_llama3_multi_head_no_bias'
 
 
-def our_results(folder, compiler_options=None):
+def our_results(folder):
   """Logits, losses and gradients, those in Hugging Face's names and layouts."""
   model = huggingface.load(folder)
   graph, params = nnx.split(model)
@@ -33,7 +32,7 @@ def our_results(folder, compiler_options=None):
     jnp.asarray(x, jnp.int32) for x in (reference.INPUTS, reference.TARGETS)
   )
 
-  @functools.partial(jax.jit, compiler_options=compiler_options)
+  @jax.jit
   def results(params):
     def loss(params):
       sums = nnx.merge(graph, params).loss_sums(inputs, targets)
@@ -87,9 +86,7 @@ def check_balance_loss(ours, recorded):
   ],
 )
 def test_recorded_parity(case, tmp_path):
-  folder = reference.write(tmp_path, reference.CASES[case])
-  # Compiles in half the time; optimized it is compared with transformers live.
-  ours = our_results(folder, {'xla_backend_optimization_level': 0})
+  ours = our_results(reference.write(tmp_path, reference.CASES[case]))
   recorded = RECORDED[case]
   assert error(ours['logits'], np.array(recorded['logits'])) < 1e-4
   assert ours['loss'] == pytest.approx(recorded['loss'], rel=1e-5)
