@@ -79,7 +79,8 @@ def _remarks(result: comparison.Comparison) -> Iterable[str]:
     yield f'Of the learning rates tried, that of the lowest mean loss: {best}.'
   if result.seen:
     yield (
-      f'The headline was named when {result.seen} of its pairs were finished.'
+      f'The headline was named when {result.seen} of its pairs had been '
+      'finished.'
     )
   yield from result.notes
 

@@ -100,7 +100,7 @@ def test_what_a_reader_must_know_stands_under_the_table():
     'difference: `a`.',
     'Of the learning rates tried, that of the lowest mean loss: `a`: '
     '`a-lr0.1`.',
-    'The headline was named when 2 of its pairs were finished.',
+    'The headline was named when 2 of its pairs had been finished.',
   ]
 
 

@@ -61,7 +61,7 @@ def _run(
     seen = plan.get('seen', 0)
     cli.say(
       f'headline: {arm} against {baseline}, '
-      + (f'named when {seen} of its pairs were finished' if seen
+      + (f'named when {seen} of its pairs had been finished' if seen
          else 'named before it is run')
     )  # fmt: skip
   if not dry:

@@ -79,7 +79,7 @@ def _headline(comparison: Comparison) -> str:
   if comparison.seen:
     small = (
       f'{arm} against {baseline}, named when {comparison.seen} of its pairs '
-      'were finished already: it may have been chosen for them'
+      'had been finished already: it may have been chosen for them'
     )
   return _lead(
     small,

@@ -12,9 +12,13 @@ _EPS, _NORM = 'optimizer.eps', 'optimizer.match_norm'
 
 def draw(comparison: Comparison) -> str:
   """What the controls take away, as HTML; empty without any."""
+  by_sentence: dict[str, list[str]] = {}
+  for name, sentence in sentences(comparison).items():
+    by_sentence.setdefault(sentence, []).append(name)
   items = ''.join(
-    f'<li><strong>{html.escape(name)}</strong>: {html.escape(sentence)}</li>'
-    for name, sentence in sentences(comparison).items()
+    f'<li><strong>{html.escape(", ".join(names))}</strong>: '
+    f'{html.escape(sentence)}</li>'
+    for sentence, names in by_sentence.items()
   )
   return f'<h2>Controls</h2><ul class="told">{items}</ul>' if items else ''
 
@@ -72,8 +76,8 @@ _KINDS = (
   (
     r'(?P<of>.+)-lr(?P<rate>[\d.e+-]+)',
     {_LR, _WD},
-    'learning rate {lr}, one of those that {of} is tuned over; the best of '
-    'each side are compared, so that no side has a rate chosen for the other.',
+    '{of} at the other learning rates that it is tuned over; the best of each '
+    'side are compared, so that no side has a rate chosen for the other.',
   ),
 )
 

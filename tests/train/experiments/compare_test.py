@@ -184,7 +184,9 @@ def test_a_headline_named_afterwards_is_told(
   for _ in range(2):  # It stays so when more seeds are there.
     assert compare(*argv, out=out) == 0
     said = capsys.readouterr().out
-    assert 'p11 against base, named when 3 of its pairs were finished' in said
+    assert (
+      'p11 against base, named when 3 of its pairs had been finished' in said
+    )
     assert 'before it is run' not in said
     found = json.loads((out / 'results.json').read_text())
     assert found['headline_seen'] == 3

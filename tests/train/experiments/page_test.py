@@ -399,7 +399,7 @@ def test_controls_say_what_they_take_away(tmp_path):
     control('p12-measured-lr', p12, **rate),
     control('p12-eps', p12, eps=2.51188643e-10),
     control('p12-norm', p12, match_norm=True),
-    control('p12-lr0.01', p12, **rate),
+    control('p12-lr0.01', p12, **rate), control('p12-lr0.02', p12, **rate),
     control('mine-eps', base, eps=1.0), control('p12-eps-2', p12, b1=0.5),
   ]  # fmt: skip
   words = Page(render(tmp_path, compare(arms))).text
@@ -411,7 +411,7 @@ def test_controls_say_what_they_take_away(tmp_path):
     'those of the baseline, as measured: it takes away',
     "p12-eps : Adam's eps is 2.512e-10,",
     'p12-norm : the powered gradient is scaled back',
-    'p12-lr0.01 : learning rate 0.01503, one of those that p12 is tuned over',
+    'p12-lr0.01, p12-lr0.02 : p12 at the other learning rates that it is tuned',
   ):
     assert sentence in told
   assert 'mine' not in told and 'eps-2' not in told
