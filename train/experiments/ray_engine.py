@@ -81,7 +81,8 @@ class Ray:
                 continue
               raise UserError(f'Ray: a cell is lost: {_line(error)}') from error
             if isinstance(result, str):
-              heard.append(result)
+              if not heard:  # Else it is the answer to what was heard here.
+                heard.append(result)
             else:
               yield i, result
           if len(heard) > told:

@@ -60,7 +60,7 @@ def until_stopped(name, directory):
   end = time.monotonic() + LONGEST
   while not heard and time.monotonic() < end:
     time.sleep(0.02)
-  time.sleep(0.2)  # It saves.
+  time.sleep(1.0 if name == 1 else 0.2)  # It saves, one longer than others.
   for number, handler in before.items():
     signal.signal(number, handler)
   if directory.is_dir():
