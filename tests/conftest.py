@@ -7,9 +7,19 @@ import pytest
 
 # Read when jax starts its backend; nothing has imported jax before this file.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-_FLAG = '--xla_force_host_platform_device_count'
-if _FLAG not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'
+# What JAX itself is told by the environment holds: with 0 all is compiled as
+# users have it.
+_QUICKLY = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
+_QUICK = os.environ['JAX_PLATFORMS'] == 'cpu' and _QUICKLY not in os.environ
+_FLAGS = {'xla_force_host_platform_device_count': '8'}
+if _QUICK:  # XLA's older emitters of loops compile in a third of the time.
+  _FLAGS['xla_cpu_use_fusion_emitters'] = 'false'
+  _FLAGS['xla_cpu_parallel_codegen_split_count'] = '1'
+for _name, _value in _FLAGS.items():
+  if _name not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = (
+      f'{os.environ.get("XLA_FLAGS", "")} --{_name}={_value}'
+    )
 
 try:
   import hypothesis
@@ -27,22 +37,18 @@ else:
   hypothesis.settings.load_profile('patient')
 
 
-_QUICKLY = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
-_AS_USERS_HAVE_IT = re.compile(
-  'gradpower_optax/|benchmarks/|aot/|(?<![a-z])tpu(?![a-z])|live_parity'
-)
+_AS_USERS_HAVE_IT = re.compile('aot/|(?<![a-z])tpu(?![a-z])')
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-  """Has tests of models and trainer on a CPU compile in less time.
+  """Has tests on a CPU compile in less time: LLVM optimizes less.
 
-  It is LLVM that optimizes less. Tests of the optimizers, whose last bits and
-  memory are looked at, of programs for TPUs, and the live parity with
-  transformers have programs as users have them.
+  Programs for TPUs are compiled as users have them.
   """
-  on_cpu = os.environ['JAX_PLATFORMS'] == 'cpu'
-  quickly = on_cpu and not _AS_USERS_HAVE_IT.search(item.nodeid)
+  if not _QUICK:
+    return
+  quickly = not _AS_USERS_HAVE_IT.search(item.nodeid)
   os.environ[_QUICKLY] = str(int(quickly))  # Of processes that it starts.
   import jax
 
