@@ -166,7 +166,7 @@ def test_a_lost_nodes_cell_is_run_again(cluster, engine, tmp_path):
     lambda: cluster.remove_node(node, allow_graceful=False),
   ):
     found = sorted(
-      engine.run(tasks.slow, [(i, tmp_path, 6.0) for i in range(3)])
+      engine.run(tasks.slow, [(i, tmp_path, 12.0) for i in range(3)])
     )
   assert found == [(0, 0), (1, 1), (2, 2)]
   lines = [path.read_text().split() for path in begun(tmp_path)]
