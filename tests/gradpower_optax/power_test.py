@@ -1,6 +1,7 @@
 """The signed power by itself: accuracy, special values, derivatives."""
 
 import functools
+import os
 
 import jax
 import jax.experimental
@@ -17,14 +18,13 @@ from gradpower_optax import power
 # Accuracy is that of programs as users have them, however quickly the rest of
 # the tests is compiled: XLA:CPU's older emitters make NaN of what underflows in
 # a type without -0.
-compiled = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_cpu_use_fusion_emitters': True,
-    'xla_backend_optimization_level': 3,
-    'xla_llvm_disable_expensive_passes': False,
-  },
-)
+_OPTIONS = {
+  'xla_backend_optimization_level': 3,
+  'xla_llvm_disable_expensive_passes': False,
+}
+if 'xla_cpu_use_fusion_emitters' in os.environ.get('XLA_FLAGS', ''):
+  _OPTIONS['xla_cpu_use_fusion_emitters'] = True
+compiled = functools.partial(jax.jit, compiler_options=_OPTIONS)
 signed_power = power.signed_power
 traced_power = compiled(signed_power)  # p is then a tracer.
 
