@@ -11,7 +11,6 @@ import pytest
 from train import demo, loop
 from train.__main__ import main as entry_point
 from train.config import Config, OptimizerConfig
-from train.data import pip_fetch
 from train.errors import UserError
 
 ARMS = 'adamw', 'adamw_power'
@@ -216,23 +215,3 @@ def test_power_1_is_refused(tmp_path):
   with pytest.raises(demo.UserError, match='makes both arms the same'):
     demo.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.slow
-def test_the_real_demo(start, finish, tmp_path):
-  """The downloaded corpus, at a few steps."""
-  if not list(pip_fetch._candidates()):
-    pytest.skip('nothing here answers as pip')
-  process = start(
-    'demo', '--run-dir', tmp_path / 'run', '--steps=12',
-    '--optimizer.warmup_steps=2', '--eval_every=6', '--save_every=6',
-    '--data.validation_tokens=4096',
-  )  # fmt: skip
-  status, out, err = finish(process, timeout=900)
-  assert status == 0, err
-  assert demo.WARNING in ' '.join(out.split())
-  assert 'train: ' in err
-  document = results(tmp_path / 'run')
-  for arm in document['arms'].values():
-    assert 5 < arm['validation_loss'] < 8
-  assert (tmp_path / 'run' / 'report.html').exists()

@@ -23,7 +23,7 @@ pytestmark = [
 
 TINY = [
   '--model.d_model=64', '--model.n_heads=1', '--model.n_layers=1',
-  '--model.d_ff=64', '--model.dtype=float32', '--data.batch_size=8',
+  '--model.d_ff=64', '--model.dtype=float32', '--data.batch_size=2',
   '--optimizer.warmup_steps=2', '--optimizer.learning_rate=0.01', '--steps=8',
   '--eval_every=4', '--save_every=4', '--data.validation_tokens=4096',
 ]  # fmt: skip
@@ -81,14 +81,25 @@ def prepared(files, tokenizer, layout, length, out, capsys):
   return json.loads((out / 'stats.json').read_text())
 
 
-def trained(out, run_dir, *options):
-  command = [
-    'run', 'llama_0.2b', f'--run-dir={run_dir}', f'--data.prepared={out}',
-    *TINY, *options,
-  ]  # fmt: skip
-  # Stopped and gone on with, as long runs are.
-  assert main([*command, '--stop-at=5']) == 0
-  assert main(command) == 0
+@pytest.fixture
+def trained(start, finish):
+  """Trains as a user does, on one device: eight would want eight rows."""
+
+  def train(out, run_dir, *options):
+    command = [
+      'run', 'llama_0.2b', f'--run-dir={run_dir}', f'--data.prepared={out}',
+      *TINY, *options,
+    ]  # fmt: skip
+    # Stopped and gone on with, as long runs are.
+    for more in ['--stop-at=5'], []:
+      status, _, err = finish(start(*command, *more), timeout=600)
+      assert status == 0, err
+    return found(run_dir)
+
+  return train
+
+
+def found(run_dir):
   lines = [
     json.loads(line)
     for line in (run_dir / 'metrics.jsonl').read_text().splitlines()
@@ -100,7 +111,7 @@ def trained(out, run_dir, *options):
   return json.loads((run_dir / 'config.json').read_text()), losses
 
 
-def test_c4_by_the_papers_recipe(c4, tmp_path, capsys):
+def test_c4_by_the_papers_recipe(c4, trained, tmp_path, capsys):
   stats = prepared(
     c4, 't5.spiece.model', 'truncate', 256, tmp_path / 'c4', capsys
   )
@@ -121,7 +132,9 @@ def test_c4_by_the_papers_recipe(c4, tmp_path, capsys):
   assert capsys.readouterr().out.startswith('The')
 
 
-def test_openwebtext_by_the_papers_recipe(openwebtext, tmp_path, capsys):
+def test_openwebtext_by_the_papers_recipe(
+  openwebtext, trained, tmp_path, capsys
+):
   stats = prepared(
     openwebtext, 'gpt2.tiktoken', 'random', 1024, tmp_path / 'owt', capsys
   )

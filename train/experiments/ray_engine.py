@@ -6,9 +6,11 @@ its last checkpoint where the machines share the directory of its run.
 """
 
 import contextlib
+import logging
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from train.experiments.cells import Cell
 
 try:
   import ray
+
+  from train.experiments import ray_notice
 except ImportError as error:
   raise UserError(
     "Ray is not installed: pip install -e '.[train,ray]'"
@@ -63,11 +67,12 @@ class Ray:
     """As `workers.Local.run`, in any order."""
     remote = ray.remote(_do).options(max_retries=_RETRIES, **self._needs())
     where = os.getcwd(), self._kind == 'CPU'
+    notice: Any = ray.remote(num_cpus=0)(ray_notice.Notice).remote()
     waiting = {
-      remote.remote(function, task, *where): i for i, task in enumerate(tasks)
+      remote.remote(function, task, *where, notice, i): i
+      for i, task in enumerate(tasks)
     }
     heard: list[str] = []
-    told = 0
     try:
       with workers.listening(heard.append):
         while waiting:
@@ -85,13 +90,18 @@ class Ray:
                 heard.append(result)
             else:
               yield i, result
-          if len(heard) > told:
-            _cancel(waiting, at_once=told > 0)
-            self.signal, told = heard[0], len(heard)
+          if heard and not self.signal:
+            self.signal = heard[0]
+            _stop(waiting, notice)
+          if len(heard) > 1:
+            _cancel(waiting, force=True)
     finally:
-      if waiting:
-        _cancel(waiting, at_once=False)
+      if len(heard) > 1:
+        _cancel(waiting, force=True)
+      elif waiting:
+        _stop(waiting, notice)
         ray.wait(list(waiting), num_returns=len(waiting), timeout=_SAVING)
+      ray.kill(notice)
 
   def _needs(self) -> dict[str, Any]:
     """What a task takes; on an accelerator, a process of its own.
@@ -110,17 +120,25 @@ def _connect(address: str) -> None:
   try:
     if colon and port.isdigit():
       socket.create_connection((host, int(port)), _CONNECT).close()
-    ray.init(log_to_driver=False, logging_level='error')
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
   except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     at = f' at RAY_ADDRESS={address}' if address else ''
     raise UserError(f'Ray: no cluster{at}: {_line(error)}') from error
 
 
-def _cancel(refs: Sequence[Any] | dict[Any, int], *, at_once: bool) -> None:
+def _stop(waiting: dict[Any, int], notice: Any) -> None:
   """Has tasks that have begun save and end, and no other begin."""
+  begun: set[int] = set()
+  with contextlib.suppress(ray.exceptions.RayError):
+    begun = ray.get(notice.tell.remote(), timeout=_CONNECT)
+  # To those that have begun, a cancellation would be a second signal.
+  _cancel([ref for ref, i in waiting.items() if i not in begun], force=False)
+
+
+def _cancel(refs: Iterable[Any], *, force: bool) -> None:
   for ref in refs:
     with contextlib.suppress(ray.exceptions.RayError):
-      ray.cancel(ref, force=at_once)
+      ray.cancel(ref, force=force)
 
 
 def _line(error: BaseException) -> str:
@@ -130,15 +148,23 @@ def _line(error: BaseException) -> str:
 
 
 def _do(
-  function: Callable[..., Any], task: workers.Task, place: str, on_cpu: bool
+  function: Callable[..., Any],
+  task: workers.Task,
+  place: str,
+  on_cpu: bool,
+  notice: Any,
+  number: int,
 ) -> tuple[str, Any]:
-  """The far end; a cancelled task hears a SIGINT."""
+  """The far end; a task that is told to end hears a SIGTERM."""
+  if ray_notice.told(notice, number):
+    return 'done', signal.SIGTERM.name
   with contextlib.suppress(OSError):
     os.chdir(place)
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   if on_cpu:
     os.environ['NPROC'] = '1'  # XLA's threads; the other cores are others'.
-  return workers.outcome(_checked, (function, task))
+  with ray_notice.heard(notice, number):
+    return workers.outcome(_checked, (function, task))
 
 
 def _checked(function: Callable[..., Any], task: workers.Task) -> Any:

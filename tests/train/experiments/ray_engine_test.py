@@ -24,6 +24,7 @@ needs_ray = pytest.mark.skipif(
   importlib.util.find_spec('ray') is None, reason='Ray is not installed'
 )
 pytestmark = pytest.mark.filterwarnings('ignore')  # Ray's own.
+TOLD = str(int(signal.SIGTERM))  # By the engine, whatever it has heard.
 ARGUMENTS = ('sweep', 'demo', '--point', 'p=1.2', '--engine', 'ray')
 
 
@@ -136,7 +137,25 @@ def test_a_signal_has_all_save_and_end(engine, tmp_path, number):
   assert found == []
   assert engine.signal == number.name
   saved = {path.stem: path.read_text() for path in tmp_path.glob('*.saved')}
-  assert saved == {'0': str(int(signal.SIGINT)), '1': str(int(signal.SIGINT))}
+  assert saved == {'0': TOLD, '1': TOLD}
+
+
+@needs_ray
+@pytest.mark.slow
+def test_no_task_misses_that_it_is_to_end(engine, tmp_path, monkeypatch):
+  # As Ray does by chance, for one that is about to begin.
+  monkeypatch.setattr('ray.cancel', lambda *_, **__: None)
+
+  def stop():
+    os.kill(os.getpid(), signal.SIGINT)
+
+  with once(lambda: len(begun(tmp_path)) == 2, stop):
+    assert not list(
+      engine.run(tasks.until_stopped, [(i, tmp_path) for i in range(4)])
+    )
+  saved = {path.stem: path.read_text() for path in tmp_path.glob('*.saved')}
+  assert saved == {'0': TOLD, '1': TOLD}
+  assert len(begun(tmp_path)) == 2
 
 
 @needs_ray
