@@ -4,9 +4,9 @@ XLA's CPU backend takes a step's temporaries from malloc and frees them again.
 glibc hands large ones back to the system each time, and the next step pays for
 every page anew: a third of a small model's time (docs/lab-log.md).
 
-From about 0.5M parameters on, memory comes from heaps of XLA's threads, which go
-back whole whatever is set here: MALLOC_ARENA_MAX=1 in the environment keeps that
-too. It counts before threads begin, and other threads would wait for one heap.
+From about 0.5M parameters on, memory comes from heaps of XLA's threads, which
+go back whole whatever is set here: MALLOC_ARENA_MAX=1 in the environment keeps
+that too. It counts before threads begin, and all threads then share one heap.
 """
 
 import ctypes
