@@ -17,7 +17,8 @@ class Vertex:
   """Where the loss is least along p, of the powers tried."""
 
   best: float
-  """Of the parabola, held between the first power and the last."""
+  """Of the parabola, held between the first power and the last; where it has no
+  minimum, the power with the lowest mean."""
   tried: tuple[float, float]
   """The first and the last."""
   low: float = -math.inf
@@ -25,12 +26,18 @@ class Vertex:
   high: float = math.inf
   inside: bool = True
   """Whether the parabola has its minimum between the powers tried."""
+  convex: bool = True
+  """Whether it has one."""
 
   @property
   def words(self) -> str:
     """For people."""
     first, last = self.tried
-    text = f'{self.best:.2f}' + ('' if self.inside else ', the edge')
+    text = f'{self.best:.2f}'
+    if not self.convex:
+      text += ', the lowest mean, as the parabola has no minimum'
+    elif not self.inside:
+      text += ', the edge'
     if self.low < first and self.high > last:
       return f'{text} (any power tried may be)'
     low = f'below {first:g}' if self.low < first else f'{self.low:.2f}'
@@ -62,8 +69,9 @@ def best_power(powers: Sequence[float], losses: np.ndarray) -> Vertex | None:
   mean = losses.mean(0)
   to_curve = np.linalg.pinv(np.vander(p - middle, 3))[:2] * [[2.0], [1.0]]
   a, b = to_curve @ mean  # Slope at p: b + a (p - middle).
-  if a <= 0:  # No minimum: the lowest of those tried.
-    return Vertex(float(p[mean.argmin()]), tried, inside=False)
+  if a <= 0:
+    lowest = float(p[mean.argmin()])
+    return Vertex(lowest, tried, inside=False, convex=False)
   vertex = middle - b / a
   low, high = -math.inf, math.inf
   if n > 1:
