@@ -88,11 +88,11 @@ def draw(results: Results) -> Drawing:
   sections = [
     Section(
       'Best p by batch size',
-      'The minimum of a parabola through the five powers, held between them, or '
-      'the lowest mean where it has none; '
-      'its interval is the 95 % set of Fieller over seeds, and one without a '
-      'mark at its end goes on beyond the powers tried: there is no telling. '
-      'It rests on the loss being a parabola in p.',
+      'The minimum of a parabola through the five powers, held between them, '
+      'or the lowest mean where it has none; its interval is the 95 % set of '
+      'Fieller over seeds, and one without a mark at its end goes on beyond '
+      'the powers tried: there is no telling. It rests on the loss being a '
+      'parabola in p.',
       drawn if dots.points else '',
       rows,
     ),
