@@ -66,9 +66,13 @@ def table(result: comparison.Comparison) -> str:
 
 def _remarks(result: comparison.Comparison) -> Iterable[str]:
   mixed: dict[str, list[str]] = {}
+  arms = [pair.arm for pair in result.pairs]
   for pair in result.pairs:
     if pair.mixed:
-      mixed.setdefault(pair.mixed, []).append(f'`{pair.arm}`')
+      name = f'`{pair.arm}`'
+      if arms.count(pair.arm) > 1:
+        name += f' against `{pair.baseline}`'
+      mixed.setdefault(pair.mixed, []).append(name)
   for what, names in mixed.items():
     yield (
       f'The two sides of a seed differ in {what} too, which is part of their '

@@ -45,7 +45,7 @@ def test_cells_name_no_machines_folder(store):
 
 def one_seed(directory, **changes):
   """A results.json of one pair and seed."""
-  found = json.loads((EVIDENCE / 'dense_01m.json').read_text())
+  found = json.loads((EVIDENCE / 'dense_025m.json').read_text())
   arms = {name: found['arms'][name] for name in ('base', 'p12')}
   for arm in arms.values():
     arm['seeds'] = {'0': arm['seeds']['0'], '9': {**arm['seeds']['0']}}

@@ -59,7 +59,8 @@ def make_design(request: Request) -> Design:
   tuned: dict[str, list[str]] = {}
   for name in request.controls:
     if name == 'lr-tuned':
-      compared = [base, *controls.powered(arms, config, name)]
+      # Not those of other controls: their learning rate is what they are for.
+      compared = [base, *controls.powered(request.arms, config, name)]
       grid = request.rates or controls.rates(config, request.recipe)
       by_name = controls.tuned(compared, config, grid)
       for of, members in by_name.items():

@@ -143,12 +143,14 @@ def test_a_diverged_cell_is_shown_and_counted(compare, results, capsys):
 
 
 def test_tuned_rates(quick, compare, results):
-  argv = '--control', 'lr-tuned', '--lr-grid', '0.02,0.001', '--seeds', 1
-  assert compare(*ARMS, *argv) == 0
+  argv = '--lr-grid', '0.02,0.001', '--seeds', 1
+  several = '--control', 'lr-matched', '--control', 'lr-tuned'
+  assert compare(*ARMS, *several, *argv) == 0
   found = results()
   assert found['arms'].keys() == {
-    'base', 'p12', 'base-lr0.001', 'p12-lr0.001',
+    'base', 'p12', 'base-lr-of-p12', 'p12-lr', 'base-lr0.001', 'p12-lr0.001',
   }  # fmt: skip
+  assert found['tuned'].keys() == {'base', 'p12'}
   for name in ('base', 'p12'):
     losses = {
       arm: found['arms'][arm]['seeds']['0']['validation_loss']
