@@ -84,7 +84,10 @@ def finish_all(finish):
 
 def without_gloo(out):
   lines = out.splitlines(keepends=True)
-  return ''.join(line for line in lines if not GLOO.fullmatch(line))
+  gloos = [line for line in lines if GLOO.fullmatch(line)]
+  # Each message ends one line: an empty line more is not Gloo's.
+  assert len(gloos) == out.count('[Gloo]'), out
+  return ''.join(line for line in lines if line not in gloos)
 
 
 def test_gloo_is_left_out_of_what_a_process_says():
@@ -98,6 +101,8 @@ def test_gloo_is_left_out_of_what_a_process_says():
   ):
     assert without_gloo(out) == ''
     assert without_gloo(out + 'done: 1 peer\n') == 'done: 1 peer\n'
+    with pytest.raises(AssertionError):
+      without_gloo(out + '\n')
 
 
 def command(tiny, run_dir, *extra):
