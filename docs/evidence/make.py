@@ -176,10 +176,9 @@ def add(
     words = shlex.split(found['command'])
     found['command'] = shlex.join(map(without_folders, words))
     if 'fields' in found:  # Of a figure.
-      found['fields'] = {
-        field: without_folders(value) if isinstance(value, str) else value
-        for field, value in found['fields'].items()
-      }
+      found['fields'] = _plain(found['fields'])
+    for arm in found['arms'].values():
+      arm['overrides'] = _plain(arm['overrides'])
     of_arms = [arm['seeds'].values() for arm in found['arms'].values()]
     finished = [
       cell['cell']
@@ -206,6 +205,13 @@ def add(
       config = record['config'] | {'data': data | names}
       own.put(key, record | {'config': config})
   (here / f'{name}.json').write_text(json.dumps(found, indent=2) + '\n')
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+  return {
+    field: without_folders(value) if isinstance(value, str) else value
+    for field, value in fields.items()
+  }
 
 
 def without_folders(text: str) -> str:

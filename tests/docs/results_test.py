@@ -43,6 +43,15 @@ def test_cells_name_no_machines_folder(store):
       assert '/' not in record['config']['data'][key]
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_comparisons_name_no_machines_folder(name):
+  found = json.loads((EVIDENCE / f'{name}.json').read_text())
+  of_arms = [arm['overrides'] for arm in found['arms'].values()]
+  for fields in (found.get('fields', {}), *of_arms):
+    assert not any('/' in str(value) for value in fields.values())
+  assert '/' not in found['command']
+
+
 def one_seed(directory, **changes):
   """A results.json of one pair and seed."""
   found = json.loads((EVIDENCE / 'dense_025m.json').read_text())
@@ -65,7 +74,11 @@ def test_a_comparison_is_added_without_the_machines_folders(store, tmp_path):
   )
   source = cells.Store(tmp_path / 'source')
   results = one_seed(tmp_path, command=command, notes=['Seeds 1 were added.'])
-  arms = json.loads(results.read_text())['arms'].values()
+  written = json.loads(results.read_text())
+  arms = written['arms'].values()
+  for arm in arms:
+    arm['overrides']['data.files'] = '../my/*.txt'
+  results.write_text(json.dumps(written))
   for key in (arm['seeds']['0']['cell'] for arm in arms):
     config = store.get(key)['config']
     data = config['data'] | {'files': '/my/*.txt'}
