@@ -19,8 +19,6 @@ _MAX_VOCAB_SIZE = 2**24
 _LARGEST_FLOAT32 = 3.4e38
 _OPTIMIZERS = ('adamw', 'muon')
 _MU_DTYPES = ('float32', 'bfloat16')
-# Not in the first version.
-_LATER = ('name', 'mu_dtype', 'per_head', 'match_norm', 'blockwise')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,14 +329,17 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-  """The config that `to_dict` wrote.
+  """Reads what `to_dict` wrote, in this version or an older one.
+
+  A field that is left out has its default, so that a new field leaves all that
+  was written before readable. `model.family` alone must be there.
 
   Raises:
-    ValueError: a field is unknown, missing or out of range.
+    ValueError: a field is unknown, out of range, or of the wrong type.
   """
+  values = with_defaults(values)
   try:
     model = dict(values['model'])
-    values = with_defaults(values)
     kind = families.CONFIGS[model.pop('family')]
     return _build(Config, values | {'model': _build(kind, model)})
   except (KeyError, TypeError, AttributeError, errors.UserError) as error:
@@ -346,17 +347,37 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-  """What an older version wrote, which did what today's defaults say."""
-  optimizer = dataclasses.asdict(OptimizerConfig())
-  defaults = {
-    'data': dataclasses.asdict(DataConfig()),
-    'optimizer': {name: optimizer[name] for name in _LATER},
+  """Adds the fields that an older version did not write, at their defaults.
+
+  Args:
+    values: As `to_dict` returns it; a new field must do by default what all
+      older versions did.
+
+  Raises:
+    ValueError: `model.family` is missing or unknown.
+  """
+  try:
+    return _filled(values, defaults(values['model']['family']))
+  except (KeyError, TypeError) as error:
+    raise ValueError(f'not the configuration of a run: {error!r}') from error
+
+
+def defaults(family: str) -> dict[str, Any]:
+  """Returns the default configuration of a family of models, as JSON holds it.
+
+  Raises:
+    KeyError: there is no such family.
+  """
+  return to_dict(Config(model=families.CONFIGS[family]()))
+
+
+def _filled(values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+  inner = {
+    name: _filled(value, like[name])
+    for name, value in values.items()
+    if isinstance(value, dict) and isinstance(like.get(name), dict)
   }
-  return values | {
-    key: fields | values[key]
-    for key, fields in defaults.items()
-    if isinstance(values.get(key), dict)
-  }
+  return like | values | inner
 
 
 def _plain(value: Any) -> Any:

@@ -179,7 +179,7 @@ def test_an_option_of_another_version_is_named(run):
   path = run.path / 'config.json'
   config = json.loads(path.read_text())
   config['model']['dropout'] = 0.1
-  del config['seed']
+  config['seed'] = None
   path.write_text(json.dumps(config))
   with pytest.raises(UserError) as error:
     again(run)

@@ -19,10 +19,36 @@ from train.errors import UserError
 
 DONE, DIVERGED = 'done', 'diverged'
 
-# Of the configuration: what changes nothing, or nothing but rounding.
-_FREE = ('accumulate', 'deterministic', 'keep', 'mesh', 'save_every')
-# Of the data: the rest is in the hash of the text, vocabulary and split.
-_OF_DATA = ('batch_size', 'layout', 'sequence_length', 'validation_tokens')
+# Fields that do not change the numbers, or only their rounding; or that the
+# hash of text, tokenizer and split covers.
+_FREE = {
+  'accumulate', 'data.corpus', 'data.files', 'data.prepared', 'data.repeat',
+  'data.skip_bad', 'data.text_field', 'data.tokenizer',
+  'data.validation_fraction', 'data.vocab_size', 'deterministic', 'keep',
+  'mesh', 'save_every',
+}  # fmt: skip
+# Fields that every key hashes. The list is frozen: each key of the committed
+# evidence depends on it. A key hashes any later field where it is not at its
+# default, which is how runs without that field were trained.
+_ALWAYS = {
+  'data.batch_size', 'data.layout', 'data.sequence_length',
+  'data.validation_tokens', 'eval_every', 'guard.bad_steps', 'guard.spike',
+  'model.balance_loss', 'model.d_expert', 'model.d_ff', 'model.d_model',
+  'model.d_shared', 'model.dense_layers', 'model.dtype',
+  'model.experts_per_token', 'model.family', 'model.init_std',
+  'model.n_experts', 'model.n_heads', 'model.n_kv_heads', 'model.n_layers',
+  'model.norm_eps', 'model.qkv_bias', 'model.remat', 'model.renormalize',
+  'model.rope_scaling.factor', 'model.rope_scaling.high_freq_factor',
+  'model.rope_scaling.low_freq_factor', 'model.rope_scaling.original_length',
+  'model.rope_theta', 'model.router_z_loss', 'model.scan_layers',
+  'model.sparse_step', 'model.tie_embeddings', 'model.vocab_size',
+  'model.z_loss', 'optimizer.b1', 'optimizer.b2', 'optimizer.blockwise',
+  'optimizer.clip_norm', 'optimizer.eps', 'optimizer.final_lr_ratio',
+  'optimizer.learning_rate', 'optimizer.match_norm', 'optimizer.mu_dtype',
+  'optimizer.name', 'optimizer.per_head', 'optimizer.power',
+  'optimizer.power_eps', 'optimizer.schedule', 'optimizer.warmup_steps',
+  'optimizer.weight_decay', 'seed', 'steps',
+}  # fmt: skip
 # Of a record: what is read of it, beside the loss.
 _NEEDED = ('source_hash', 'validation', 'train', 'parameters', 'flops',
            'seconds', 'device', 'versions')  # fmt: skip
@@ -65,11 +91,27 @@ def key(config: dict[str, Any], source_hash: str) -> str:
   Returns:
     16 hexadecimal digits.
   """
-  config = config_lib.with_defaults(config)
-  own = {name: value for name, value in config.items() if name not in _FREE}
-  own['data'] = {name: config['data'][name] for name in _OF_DATA}
+  default = config_lib.defaults(config['model']['family'])
+  own = _keyed(config_lib.with_defaults(config), default)
   text = json.dumps([own, source_hash], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _keyed(
+  values: dict[str, Any], default: dict[str, Any], prefix: str = ''
+) -> dict[str, Any]:
+  """The fields that a key hashes."""
+  own = {}
+  for name, value in values.items():
+    path = prefix + name
+    if path in _FREE:
+      continue
+    if isinstance(value, dict):
+      if inner := _keyed(value, default[name], f'{path}.'):
+        own[name] = inner
+    elif path in _ALWAYS or value != default[name]:
+      own[name] = value
+  return own
 
 
 class Store:
@@ -130,7 +172,7 @@ def _read(path: pathlib.Path) -> Record:
   except (OSError, ValueError, LookupError, TypeError) as error:
     raise UserError(
       f'{path.parent} holds {path.name}, which is no record of a cell '
-      f'({_reason(error)}): remove it, or name another --store'
+      f'({_reason(error)}): move it to another folder, or name another --store'
     ) from error
   return record
 

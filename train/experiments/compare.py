@@ -130,9 +130,7 @@ def _plan(request: Request, design: Design, store: Store) -> dict[str, Any]:
     'tuned': {},
     'calls': [],
   }
-  if plan['recipe'] != request.recipe or (
-    config_lib.with_defaults(plan['config']) != wanted
-  ):
+  if plan['recipe'] != request.recipe or plan['config'] != wanted:
     raise UserError(
       f'{request.out} holds a comparison of another configuration: name '
       'another --out'
@@ -173,6 +171,7 @@ def _read_plan(path: pathlib.Path) -> dict[str, Any] | None:
     for name in ('recipe', 'headline', 'config', 'arms', 'seeds', 'pairs',
                  'tuned', 'calls'):  # fmt: skip
       plan[name]
+    plan['config'] = config_lib.with_defaults(plan['config'])
   except (OSError, ValueError, LookupError, TypeError) as error:
     raise UserError(f'{path} is damaged ({error!r}): remove it') from error
   return plan

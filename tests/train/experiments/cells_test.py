@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
+from models import families
 from train import config as config_lib
 from train import recipes
 from train.config import KeepConfig, MeshConfig
 from train.errors import UserError
+from train.experiments import cells
 from train.experiments.cells import Cell, Store, key
 
 CONFIG = dataclasses.replace(
@@ -76,6 +79,57 @@ def test_a_record_of_before_a_field_existed_is_still_its_cells(tmp_path):
   # What was written when it had another key finds it too.
   assert store.get('anything') == store.get(CELL.key)
   assert len(store.records()) == 1
+
+
+EVIDENCE = pathlib.Path(__file__).parents[3] / 'docs' / 'evidence' / 'cells'
+
+
+def test_the_keys_of_the_committed_evidence_stand(monkeypatch):
+  store = Store(EVIDENCE)
+  older = {}
+  for path in sorted(EVIDENCE.glob('*.json')):
+    record = json.loads(path.read_text())
+    now = key(record['config'], record['source_hash'])
+    # A comparison of then finds it by its name, one of today by its key.
+    assert store.get(now) == store.get(path.stem) == record
+    if now != path.stem:
+      older[path.stem] = record
+  assert len(store.records()) == 536 and len(older) == 18
+  # These were run and named before `optimizer.blockwise` was a field. Then a
+  # key hashed the fields that there were, as it leaves out a later one today.
+  late = cells._ALWAYS - {'optimizer.blockwise'}
+  monkeypatch.setattr(cells, '_ALWAYS', late)
+  for name, record in older.items():
+    assert key(record['config'], record['source_hash']) == name
+
+
+def test_a_later_field_changes_the_key_only_away_from_its_default(monkeypatch):
+  later = {'optimizer.match_norm', 'model.rope_scaling.factor', 'seed'}
+  monkeypatch.setattr(cells, '_ALWAYS', cells._ALWAYS - later)
+  before = config_lib.to_dict(CONFIG)
+  del before['optimizer']['match_norm'], before['seed']
+  assert key(before, 'abc') == changed() == changed(seed=0)
+  assert changed(seed=1) != changed()
+  matched = dataclasses.replace(CONFIG.optimizer, match_norm=True)
+  assert changed(optimizer=matched) != changed()
+
+
+def test_the_lists_of_fields_hold_fields_of_today():
+  fields = {
+    path
+    for family in families.CONFIGS
+    for path in paths(config_lib.defaults(family))
+  }
+  assert fields >= cells._ALWAYS | cells._FREE
+  assert not cells._ALWAYS & cells._FREE
+
+
+def paths(values, prefix=''):
+  found = {f'{prefix}{name}' for name in values}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      found |= paths(value, f'{prefix}{name}.')
+  return found
 
 
 def test_what_is_put_is_there_again(tmp_path):
