@@ -2,7 +2,8 @@
 
 `load` reads a folder onto any mesh and `save` writes one that transformers
 loads. The translation of config.json is in `models.huggingface_config`, that
-of names and layouts in `models.huggingface_names`.
+of names and layouts in `models.huggingface_names`, and what a folder says
+beside in `models.huggingface_facts`.
 """
 
 import collections
@@ -19,13 +20,18 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
-from models import huggingface_config, huggingface_files
+from models import huggingface_config, huggingface_facts, huggingface_files
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.families import build
+from models.huggingface_facts import Facts
 from models.huggingface_files import Tensor, Tensors
 from models.huggingface_names import FUSED, Place, places
+from models.layers import rotary_frequencies
 from models.sharding import check, make_mesh, param_shardings
+
+_HEAD, _EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
+_PART = 2**24  # Elements to hold at once of tensors that are compared.
 
 
 def load(
@@ -50,12 +56,13 @@ def load(
 
   Returns:
     A model with float32 parameters: int32 tokens (batch, length) to float32
-    logits (batch, length, vocabulary).
+    logits (batch, length, vocabulary). Its `facts` are those of `load_facts`,
+    which `save` writes back.
 
   Raises:
-    ValueError: an option is not supported, a tensor is unknown, missing or of
-      another shape or type, a file is broken, or the mesh does not divide the
-      model; the message names it.
+    ValueError: an option is not supported, a tensor is unknown, missing, of
+      another shape or type or at odds with config.json, a file is broken, or
+      the mesh does not divide the model; the message names it.
     FileNotFoundError: there is no such folder, or it lacks a file; the message
       names it.
     OSError: a file cannot be read; the message names it.
@@ -69,6 +76,8 @@ def load(
   model = nnx.eval_shape(
     lambda: build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
   )
+  if (folder / 'config.json').exists():  # With `config` it may be missing.
+    model.facts = load_facts(folder)
   graph, abstract = nnx.split(model)
   shapes = nnx.to_pure_dict(abstract)
   shardings = {} if mesh is None else _by_path(param_shardings(model, mesh))
@@ -76,6 +85,7 @@ def load(
     fused = any(name.endswith(FUSED) for name in tensors.names)
     table = places(config, fused=fused)
     _check_tensors(folder, tensors, table, config)
+    _check_beside(folder, tensors, config)
 
     def put(path: tuple[Any, ...], _) -> jax.Array:
       name = _dotted(path)
@@ -89,6 +99,7 @@ def save(
   model: Decoder,
   folder: str | os.PathLike[str],
   *,
+  facts: Facts | None = None,
   max_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes config.json and safetensors, which transformers loads.
@@ -98,13 +109,24 @@ def save(
 
   Args:
     model: What to write; its parameters stay float32.
-    folder: Made if it is not there. Each file is replaced whole, and
-      safetensors of an earlier model are removed.
+    folder: Made if it is not there. Each file is replaced whole;
+      safetensors of an earlier model are removed, and its
+      generation_config.json. A tokenizer is left where it is.
+    facts: Where a text ends and how long it may be: `Facts.of` of a model
+      trained here. None for what `load` read with the model; of any other,
+      texts then have no end, and transformers assumes its own length.
     max_bytes: Above this size the tensors are split into several files, with
       an index.
+
+  Raises:
+    ValueError: the end in `facts` is not in the model's vocabulary.
   """
   folder = pathlib.Path(folder)
+  if facts is not None:
+    facts.check(model.config.vocab_size)
+  facts = facts or model.facts or Facts()
   config = huggingface_config.to_hugging_face(model.config)
+  config |= json.loads(facts.options)
   params = _by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   tensors = {
     str(name): Tensor(
@@ -115,9 +137,11 @@ def save(
   }
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
-    huggingface_files.write(folder, tensors, max_bytes)
-    with huggingface_files.replaced(folder / 'config.json') as temporary:
-      temporary.write_text(json.dumps(config, indent=2) + '\n')
+    texts = {
+      'config.json': json.dumps(config, indent=2) + '\n',
+      huggingface_facts.GENERATION: facts.generation,
+    }
+    huggingface_files.write(folder, tensors, max_bytes, texts)
   else:  # Takes its part in fetching.
     for tensor in tensors.values():
       tensor.fetch()
@@ -151,6 +175,24 @@ def load_config(folder: str | os.PathLike[str]) -> DecoderConfig:
   return huggingface_config.from_hugging_face(given, str(path))
 
 
+def load_facts(folder: str | os.PathLike[str]) -> Facts:
+  """Reads what changes no number, of config.json and generation_config.json.
+
+  Args:
+    folder: Holds them; it may lack the second.
+
+  Returns:
+    Which tokens begin, end and fill a text, how many of them it may have, how
+    it is drawn, and what else other software reads.
+
+  Raises:
+    ValueError: a file is broken; the message names it.
+    FileNotFoundError: there is no such folder, or no config.json in it.
+    OSError: a file cannot be read; the message names it.
+  """
+  return huggingface_facts.read(pathlib.Path(folder))
+
+
 def _dotted(path: tuple[Any, ...]) -> str:
   return '.'.join(str(key.key) for key in path)
 
@@ -172,16 +214,68 @@ def _check_tensors(
     for place in table.values()
     for name in place.names.flat
   }
-  # Buffers that old versions stored, and a tied head that some store too.
-  ignored = {n for n in tensors.names if n.endswith('.rotary_emb.inv_freq')}
+  ignored = _frequencies(tensors)
   if config.tie_embeddings:
-    ignored.add('lm_head.weight')
+    ignored.add(_HEAD)
   if missing := sorted(stored.keys() - tensors.names):
     raise ValueError(f'{folder} lacks {_few(missing)}')
   if unknown := sorted(tensors.names - stored.keys() - ignored):
     raise ValueError(f'{folder} has unknown tensors: {_few(unknown)}')
   for name, shape in stored.items():
     tensors.check(name, shape)
+
+
+def _frequencies(tensors: Tensors) -> set[str]:
+  """The buffers of the rotary embedding, which old versions stored."""
+  return {n for n in tensors.names if n.endswith('.rotary_emb.inv_freq')}
+
+
+def _check_beside(
+  folder: pathlib.Path, tensors: Tensors, config: DecoderConfig
+) -> None:
+  """Checks that what is stored and not loaded is what will be computed with.
+
+  Every process does, and none holds more than a part of a tensor.
+  """
+  c = config
+  if (folder / 'adapter_config.json').exists():
+    raise ValueError(
+      f'{folder} holds an adapter, which adapter_config.json describes and '
+      'which is not supported: merge it into the model'
+    )
+  if c.tie_embeddings and _HEAD in tensors.names:
+    tensors.check(_HEAD, (c.vocab_size, c.d_model))
+    rows = max(1, _PART // c.d_model)
+    for start in range(0, c.vocab_size, rows):
+      part = (
+        slice(start, min(start + rows, c.vocab_size)),
+        slice(0, c.d_model),
+      )
+      head, table = (
+        tensors.read(name, part).astype(np.float32)
+        for name in (_HEAD, _EMBEDDING)
+      )
+      if not np.array_equal(head, table, equal_nan=True):
+        raise ValueError(
+          f'{folder}: config.json ties {_HEAD} to {_EMBEDDING}, but they '
+          'differ: set tie_word_embeddings to false in it, or remove '
+          f'{_HEAD}'
+        )
+  frequencies = np.asarray(
+    rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+  )
+  for name in sorted(_frequencies(tensors)):
+    # Some are rounded to bfloat16, some to float16, whose least step is 6e-8.
+    if tensors.shape(name) != frequencies.shape or not np.allclose(
+      tensors.read(name, (slice(0, frequencies.size),)).astype(np.float32),
+      frequencies,
+      rtol=5e-3,
+      atol=1e-7,
+    ):
+      raise ValueError(
+        f'{folder}: {name} is not what rope_theta and rope_parameters of '
+        'config.json come to: correct them, or remove it'
+      )
 
 
 def _few(names: list[str]) -> str:

@@ -16,15 +16,15 @@ from models.config import (
   RopeScaling,
 )
 
-# What only means something to generation, to other software, or to training
-# there.
-_HARMLESS = {
+HARMLESS = frozenset({
   '_name_or_path', 'architectures', 'attention_dropout', 'bos_token_id',
   'dtype', 'eos_token_id', 'initializer_range', 'is_llama_config',
   'max_position_embeddings', 'output_router_logits', 'pad_token_id',
   'pretraining_tp', 'torch_dtype', 'transformers.js_config',
   'transformers_version', 'use_cache',
-}  # fmt: skip
+})  # fmt: skip
+"""Options that only mean something to generation, to other software, or to
+training there; `models.huggingface_facts` keeps those that stay true."""
 
 _ARCHITECTURES = {
   'llama': 'LlamaForCausalLM',
@@ -87,7 +87,7 @@ def from_hugging_face(given: Any, path: str) -> DecoderConfig:
   if not isinstance(given, dict):
     raise ValueError(f'{path} holds no JSON object')
   options = _Options(given, path)
-  for name in _HARMLESS:
+  for name in HARMLESS:
     options.drop(name)
   family = options.take('model_type', str)
   if family not in _ARCHITECTURES:
@@ -111,7 +111,7 @@ def from_hugging_face(given: Any, path: str) -> DecoderConfig:
   if family == 'qwen2_moe':
     kind = Qwen2MoeConfig
     values |= options.fields(_MOE)
-  head_dim = options.take('head_dim', int, -1)
+  head_dim = options.take('head_dim', int, 0)
   options.finish()
   for field in _POSITIVE:
     value = given.get(field.theirs)
@@ -127,7 +127,7 @@ def from_hugging_face(given: Any, path: str) -> DecoderConfig:
       r'model\.(\w+)', lambda m: theirs.get(m[1], m[1]), str(error)
     )
     raise ValueError(f'{path}: {message}') from error
-  if head_dim not in (-1, config.head_dim):
+  if head_dim not in (0, config.head_dim):
     raise ValueError(
       f'{path}: head_dim = {head_dim} is not supported, only '
       f'{config.head_dim}, hidden_size / num_attention_heads'
@@ -145,18 +145,18 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     config: A `LlamaConfig` or a `Qwen2MoeConfig`.
 
   Returns:
-    What config.json holds.
+    What config.json holds, but for `models.huggingface_facts`.
   """
   c = config
   family = 'qwen2' if c.qkv_bias else 'llama'
   fields: tuple[_Field, ...] = _DECODER
   if isinstance(c, Qwen2MoeConfig):
     family, fields = 'qwen2_moe', _DECODER + _MOE
-  rope: dict[str, Any] = {'rope_type': 'default', 'rope_theta': c.rope_theta}
+  rope: dict[str, Any] = {'rope_type': 'default'}
   if c.rope_scaling.factor != 1.0:
     scaling = dataclasses.asdict(c.rope_scaling)
     length = scaling.pop('original_length')
-    rope |= {'rope_type': 'llama3', **scaling, _ROPE_LENGTH: length}
+    rope = {'rope_type': 'llama3', **scaling, _ROPE_LENGTH: length}
   return {
     'architectures': [_ARCHITECTURES[family]],
     'model_type': family,
@@ -164,10 +164,10 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     **{field.theirs: getattr(c, field.ours) for field in fields},
     _KV_HEADS.theirs: c.kv_heads,
     'head_dim': c.head_dim,
-    'rope_parameters': rope,
-    # Left out, they would be the published models'.
-    'bos_token_id': None,
-    'eos_token_id': None,
+    # Transformers 5's spelling, and the one that others, and it before, read.
+    'rope_parameters': {**rope, 'rope_theta': c.rope_theta},
+    'rope_theta': c.rope_theta,
+    'rope_scaling': None if c.rope_scaling.factor == 1.0 else rope,
     'dtype': 'float32',
   }
 
@@ -182,6 +182,9 @@ class _Options:
 
   def __bool__(self) -> bool:
     return bool(self._rest)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._rest
 
   def drop(self, name: str) -> None:
     self._rest.pop(name, None)
@@ -244,16 +247,29 @@ def _rope(options: _Options) -> tuple[float, dict[str, Any]]:
   """The rotary embedding's base and scaling.
 
   Since transformers 5 they stand in `rope_parameters`; before, the base stood
-  beside a `rope_scaling`.
+  beside a `rope_scaling`. Versions differ in which they take where both are
+  there, so these must say the same.
   """
+  beside = 'rope_theta' in options
   theta = options.take('rope_theta', float, 10000.0)
-  # Where both are there, transformers takes the older.
-  older, rope = options.inner('rope_scaling'), options.inner('rope_parameters')
-  if older:
-    rope = older
+  said = [
+    _rope_of(rope, theta)
+    for name in ('rope_scaling', 'rope_parameters')
+    if (rope := options.inner(name))
+  ] or [(theta, {})]
+  if any(x != said[0] for x in said) or (beside and said[0][0] != theta):
+    raise ValueError(
+      f'{options.path}: rope_theta, rope_scaling and rope_parameters do not '
+      'say the same: leave in what is right'
+    )
+  return said[0]
+
+
+def _rope_of(rope: _Options, theta: float) -> tuple[float, dict[str, Any]]:
+  """The base and scaling in one object; the base may stand beside it."""
   theta = rope.take('rope_theta', float, theta)
-  kind = rope.take('type', str, 'default')
-  kind = rope.take('rope_type', str, kind)
+  kind = rope.take('rope_type', str, '') or rope.take('type', str, 'default')
+  rope.only('type', kind)
   scaling = {}
   if kind == 'llama3':
     for name in ('factor', 'low_freq_factor', 'high_freq_factor'):
@@ -261,7 +277,7 @@ def _rope(options: _Options) -> tuple[float, dict[str, Any]]:
     scaling['original_length'] = rope.take(_ROPE_LENGTH, int)
   elif kind != 'default':
     raise ValueError(
-      f'{options.path}: rope_type {kind!r} is not supported, only '
+      f'{rope.path}: rope_type {kind!r} is not supported, only '
       "'default' and 'llama3'"
     )
   rope.finish()

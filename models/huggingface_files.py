@@ -59,6 +59,10 @@ class Tensors:
     """Every tensor in the folder."""
     return set(self._file)
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    """A tensor's shape; reads nothing but the header."""
+    return tuple(self._file[name][1].get_slice(name).get_shape())
+
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """Checks a tensor's shape and type; reads nothing but the header.
 
@@ -66,10 +70,9 @@ class Tensors:
       ValueError: one is another; the message names the tensor and its file.
     """
     path, opened = self._file[name]
-    header = opened.get_slice(name)
-    if (found := tuple(header.get_shape())) != shape:
+    if (found := self.shape(name)) != shape:
       raise ValueError(f'{path}: {name} has shape {found}, not {shape}')
-    if (dtype := header.get_dtype()) not in _DTYPES:
+    if (dtype := opened.get_slice(name).get_dtype()) not in _DTYPES:
       known = ', '.join(sorted(_DTYPES))
       raise ValueError(f'{path}: {name} is {dtype}; it can be {known}')
 
@@ -96,7 +99,10 @@ class Tensor(NamedTuple):
 
 
 def write(
-  folder: pathlib.Path, tensors: Mapping[str, Tensor], max_bytes: int
+  folder: pathlib.Path,
+  tensors: Mapping[str, Tensor],
+  max_bytes: int,
+  texts: Mapping[str, str | None],
 ) -> None:
   """Writes tensors, one at a time, and removes those of an earlier model.
 
@@ -105,6 +111,7 @@ def write(
     tensors: By name.
     max_bytes: Above this size they are split into files of at most it, with
       an index; a tensor that is larger has a file of its own.
+    texts: What other files hold, by their names; None for no such file.
   """
   shards = _split(tensors, max_bytes)
   if len(shards) == 1:
@@ -115,6 +122,10 @@ def write(
       for i, shard in enumerate(shards, 1)
     }
   with contextlib.ExitStack() as stack:
+    for name, text in texts.items():
+      if text is not None:
+        temporary = stack.enter_context(replaced(folder / name))
+        temporary.write_bytes(text.encode())
     if len(shards) > 1:  # Comes into its place after what it names.
       index = {
         'metadata': {'total_size': sum(t.nbytes for t in tensors.values())},
@@ -126,6 +137,9 @@ def write(
       temporary = stack.enter_context(replaced(folder / file))
       _write_file(temporary, {name: tensors[name] for name in shard})
   current = {*files, *([_INDEX] if len(shards) > 1 else [])}
+  for name, text in texts.items():
+    if text is None:
+      (folder / name).unlink(missing_ok=True)
   for path in folder.iterdir():
     ours = path.name in (_SINGLE, _INDEX) or _SHARD.fullmatch(path.name)
     if ours and path.name not in current:

@@ -124,15 +124,23 @@ def rotary_angles(
   Returns:
     Two float32 arrays (batch, length, head_dim / 2).
   """
+  frequency_R = rotary_frequencies(head_dim, theta, scaling)
+  angle_BTR = positions_BT[..., None].astype(jnp.float32) * frequency_R
+  return jnp.cos(angle_BTR), jnp.sin(angle_BTR)
+
+
+def rotary_frequencies(
+  head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
+  """Returns the float32 (head_dim / 2,) radians a token of `rotary_angles`."""
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequency_R = theta**-exponent  # Radians a token.
+  frequency_R = theta**-exponent
   if scaling is not None and scaling.factor != 1.0:
     turns = scaling.original_length * frequency_R / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
     frequency_R = frequency_R * (kept + (1 - kept) / scaling.factor)
-  angle_BTR = positions_BT[..., None].astype(jnp.float32) * frequency_R
-  return jnp.cos(angle_BTR), jnp.sin(angle_BTR)
+  return frequency_R
 
 
 def apply_rotary(x_BTNH, cos_BTR, sin_BTR):

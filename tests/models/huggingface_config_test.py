@@ -123,6 +123,10 @@ def test_spellings_of_the_rotary_embedding():
     config = understood(options)
     assert config.rope_theta == 500000.0
     assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8)
+  # Both, as `to_hugging_face` writes them, if they agree.
+  theta = {'rope_theta': 500000.0}
+  both = {'rope_parameters': LLAMA3, 'rope_scaling': older, **theta}
+  assert understood({**plain, **both}) == config
   for options in (plain, {**plain, 'rope_scaling': None}):
     assert understood(options).rope_theta == 10000.0
     assert understood(options).rope_scaling == RopeScaling()
@@ -189,6 +193,14 @@ def test_spellings_of_the_rotary_embedding():
       {'rope_parameters': {**LLAMA3, 'factor': '8'}},
       r'rope_parameters\.factor must be a number',
     ),
+    (BASE, {'rope_theta': 500000.0}, 'rope_theta, rope_scaling and rope_para'),
+    (BASE, {'rope_scaling': LLAMA3}, 'rope_parameters do not say the same'),
+    (
+      BASE,
+      {'rope_parameters': {'rope_type': 'default', 'type': 'linear'}},
+      "rope_parameters.type = 'linear' is not supported, only 'default'",
+    ),
+    (BASE, {'head_dim': -1}, 'head_dim = -1 is not supported, only 6'),
     (MOE, {'use_sliding_window': True}, 'use_sliding_window = True is not'),
     (
       MOE,
@@ -287,6 +299,18 @@ def shapes(kind, **more):
 def test_ours_to_theirs_and_back(config):
   text = json.dumps(to_hugging_face(config))
   assert understood(json.loads(text)) == config
+
+
+def test_older_readers_find_the_rotary_embedding():
+  """Transformers 4 would take its own base without a word."""
+  scaled = to_hugging_face(understood({**BASE, 'rope_parameters': LLAMA3}))
+  assert scaled['rope_theta'] == 500000.0
+  assert scaled['rope_scaling'] == without(LLAMA3, 'rope_theta')
+  assert scaled['rope_parameters'] == LLAMA3
+  plain = to_hugging_face(understood(BASE))
+  assert plain['rope_theta'] == 10000.0
+  assert plain['rope_scaling'] is None
+  assert plain['rope_parameters'] == BASE['rope_parameters']
 
 
 def test_what_only_concerns_us_is_left_out():

@@ -1,10 +1,12 @@
 """Safetensors: what is wrong has a name, and nothing is half written."""
 
+import dataclasses
 import importlib.util
 import io
 import json
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -87,13 +89,105 @@ def test_other_types_are_refused(dtype, tmp_path):
     huggingface.load(reference.write(tmp_path, BASE, tensors))
 
 
-def test_what_old_versions_stored_besides_is_left(tmp_path):
-  tensors = reference.weights({**BASE, 'tie_word_embeddings': True})
-  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
-  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3)
-  config = {**BASE, 'tie_word_embeddings': True}
-  model = huggingface.load(reference.write(tmp_path, config, tensors))
+TIED = {**BASE, 'tie_word_embeddings': True}
+
+
+def tied_twice(dtype=np.float32):
+  """Tensors of a tied model that stores its head too."""
+  tensors = reference.weights(TIED)
+  table = tensors['model.embed_tokens.weight'].astype(dtype)
+  tensors['model.embed_tokens.weight'] = table
+  return tensors | {'lm_head.weight': table.copy()}
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_tied_head_may_be_stored_too(dtype, tmp_path, monkeypatch):
+  monkeypatch.setattr(huggingface, '_PART', 5 * 24)  # Of 37 rows, 5 at once.
+  original, sizes = huggingface_files.Tensors.read, []
+
+  def read(tensors, name, slices):
+    block = original(tensors, name, slices)
+    if name == 'lm_head.weight':
+      sizes.append(block.size)
+    return block
+
+  monkeypatch.setattr(huggingface_files.Tensors, 'read', read)
+  tensors = tied_twice(dtype)
+  tensors['lm_head.weight'][3, 4] = np.nan  # No reason to say that they differ.
+  tensors['model.embed_tokens.weight'][3, 4] = np.nan
+  model = huggingface.load(reference.write(tmp_path, TIED, tensors))
   assert model.head is None
+  assert sizes == [5 * 24] * 7 + [2 * 24]
+
+
+@pytest.mark.parametrize('row', [0, 17, 36])
+def test_a_tied_head_that_differs_is_named(row, tmp_path, monkeypatch):
+  monkeypatch.setattr(huggingface, '_PART', 5 * 24)
+  tensors = tied_twice()
+  tensors['lm_head.weight'][row, 23] += 1e-6
+  folder = reference.write(tmp_path, TIED, tensors)
+  words = (
+    r'lm_head\.weight to model\.embed_tokens\.weight, but they differ: set '
+    'tie_word_embeddings to false'
+  )
+  with pytest.raises(ValueError, match=words):
+    huggingface.load(folder)
+  # Nor is it left out where the caller asks for a tied model.
+  untied = reference.write(tmp_path, BASE, tensors)
+  config = dataclasses.replace(
+    huggingface.load_config(untied), tie_embeddings=True
+  )
+  with pytest.raises(ValueError, match='but they differ'):
+    huggingface.load(untied, config=config)
+  head = huggingface.load(untied).head[...].T  # What the message advises.
+  assert np.array_equal(head, tensors['lm_head.weight'])
+
+
+@pytest.mark.parametrize('change', [np.zeros((37, 23)), np.zeros((37, 24))])
+def test_a_tied_head_of_another_shape_or_type_is_named(change, tmp_path):
+  folder = reference.write(
+    tmp_path, TIED, tied_twice() | {'lm_head.weight': change}
+  )
+  with pytest.raises(ValueError, match=r'lm_head\.weight (has shape|is F64)'):
+    huggingface.load(folder)
+
+
+FREQUENCIES = 1 / 10000 ** (np.arange(0, 6, 2) / 6)
+LLAMA3 = {**BASE, 'rope_parameters': reference.LLAMA3}
+
+
+@pytest.mark.parametrize(
+  ('config', 'stored', 'is_right'),
+  [
+    (BASE, FREQUENCIES, True),
+    (BASE, FREQUENCIES.astype(np.float32), True),
+    (BASE, FREQUENCIES.astype(np.float16), True),
+    (BASE, FREQUENCIES.astype(ml_dtypes.bfloat16), True),
+    (BASE, FREQUENCIES / 2, False),  # Positions divided by two.
+    (BASE, FREQUENCIES[:2], False),
+    (BASE, np.append(FREQUENCIES, 1), False),
+    (BASE, FREQUENCIES[None], False),
+    (BASE, np.full(3, np.nan), False),
+    (LLAMA3, FREQUENCIES, False),
+    (LLAMA3, np.array([0.20469, 0.00157490, 1.98425e-5]), True),
+  ],
+)
+def test_stored_frequencies_are_compared(config, stored, is_right, tmp_path):
+  name = 'model.layers.1.self_attn.rotary_emb.inv_freq'
+  tensors = reference.weights(config) | {name: stored}
+  folder = reference.write(tmp_path, config, tensors)
+  if is_right:
+    huggingface.load(folder)
+  else:
+    with pytest.raises(ValueError, match=f'{name} is not what rope_theta'):
+      huggingface.load(folder)
+
+
+def test_an_adapter_is_not_left_out(tmp_path):
+  folder = reference.write(tmp_path, BASE)
+  (folder / 'adapter_config.json').write_text('{}')
+  with pytest.raises(ValueError, match='holds an adapter, .*: merge it'):
+    huggingface.load(folder)
 
 
 @pytest.mark.parametrize('shards', [1, 3])
@@ -309,7 +403,7 @@ def test_tensors_are_fetched_one_at_a_time(tmp_path, monkeypatch):
   kept_back = 2 * io.DEFAULT_BUFFER_SIZE  # By a file object.
 
   def fetch(param, place, at):
-    (temporary,) = tmp_path.glob('*.tmp')
+    (temporary,) = tmp_path.glob('model.safetensors.*.tmp')
     assert temporary.stat().st_size >= sum(fetched) - kept_back
     fetched.append(4 * int(np.prod(place.layout.stored)))
     return original(param, place, at)

@@ -1,0 +1,112 @@
+"""What a Hugging Face folder says beside weights and shapes.
+
+Where a text begins and ends, how long it may be, how it is drawn: nothing that
+the models here compute with, but without it other software goes astray.
+"""
+
+import dataclasses
+import json
+import operator
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from models.huggingface_config import HARMLESS
+from models.huggingface_files import read_json
+
+GENERATION = 'generation_config.json'
+
+# Not true of what is written: its type, its class and where it lies are ours.
+_OURS = {'_name_or_path', 'architectures', 'dtype', 'torch_dtype'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What a folder says that changes no number; see `of`.
+
+  It can be hashed, so that a model carries it through `nnx.split` and jit.
+  """
+
+  options: str = '{"bos_token_id": null, "eos_token_id": null}'
+  """Options of config.json, as a JSON object. What is left out, transformers
+  takes from the published models: an end of 2, a length of 2048."""
+  generation: str | None = None
+  """The text of generation_config.json; None for no such file."""
+
+  @classmethod
+  def of(
+    cls,
+    *,
+    eos_token_id: int | Sequence[int] | None = None,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    max_position_embeddings: int | None = None,
+  ) -> 'Facts':
+    """Says what a model trained here cannot know by itself.
+
+    Args:
+      eos_token_id: Ends a text, or each of them does. Without it, generation
+        goes on to its limit.
+      bos_token_id: A text without a prompt begins with it.
+      pad_token_id: Fills a batch.
+      max_position_embeddings: Tokens that the model was trained on at once;
+        None leaves it open, and transformers assumes a published model's.
+
+    Returns:
+      Facts for `models.huggingface.save`.
+
+    Raises:
+      ValueError: max_position_embeddings is below 1.
+    """
+    options: dict[str, Any] = {
+      'bos_token_id': _id(bos_token_id),
+      'eos_token_id': [operator.index(x) for x in eos_token_id]
+      if isinstance(eos_token_id, Sequence)
+      else _id(eos_token_id),
+      'pad_token_id': _id(pad_token_id),
+    }
+    if max_position_embeddings is not None:
+      if max_position_embeddings < 1:
+        raise ValueError(
+          'max_position_embeddings must be at least 1, not '
+          f'{max_position_embeddings}'
+        )
+      options['max_position_embeddings'] = _id(max_position_embeddings)
+    return cls(json.dumps(options))
+
+  def check(self, vocab_size: int) -> None:
+    """Checks that a model of a vocabulary can end its texts.
+
+    Raises:
+      ValueError: an end is not in the vocabulary.
+    """
+    ends = json.loads(self.options).get('eos_token_id')
+    for end in ends if isinstance(ends, list) else [ends]:
+      if end is not None and end not in range(vocab_size):
+        raise ValueError(
+          f'eos_token_id {end!r} is not in the vocabulary of {vocab_size} tokens'
+        )
+
+
+def read(folder: pathlib.Path) -> Facts:
+  """Reads what `huggingface.load` and `huggingface.load_facts` keep.
+
+  Raises:
+    ValueError: a file is broken; the message names it.
+    OSError: a file cannot be read; the message names it.
+  """
+  path = folder / 'config.json'
+  given = read_json(path)
+  if not isinstance(given, dict):
+    raise ValueError(f'{path} holds no JSON object')
+  kept = {k: v for k, v in given.items() if k in HARMLESS - _OURS}
+  generation, path = None, folder / GENERATION
+  if path.exists():
+    read_json(path)  # Which has words for what is wrong.
+    generation = path.read_bytes().decode()
+  return Facts(json.dumps(kept), generation)
+
+
+def _id(value: int | None) -> int | None:
+  """Of any integer, as numpy's, one that JSON takes."""
+  return None if value is None else operator.index(value)
