@@ -72,7 +72,8 @@ class Decoder(nnx.Module):
       raise ValueError('model.vocab_size is 0: set the vocabulary first')
     c = self.config = config
     self.mesh = mesh
-    self.facts: Any = None  # What `models.huggingface.load` read beside.
+    # What `models.huggingface.load` read beside weights, for its `save`.
+    self.facts: Any = None
     table = c.vocab_size, c.d_model
     self.embedding = normal_param(
       rngs, table, c.init_std, 'vocab', 'embed', is_cast=False

@@ -84,7 +84,8 @@ class Facts:
     for end in ends if isinstance(ends, list) else [ends]:
       if end is not None and end not in range(vocab_size):
         raise ValueError(
-          f'eos_token_id {end!r} is not in the vocabulary of {vocab_size} tokens'
+          f'eos_token_id {end!r} is not among the {vocab_size} tokens of the '
+          'model: no text would end'
         )
 
 

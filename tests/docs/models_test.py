@@ -11,6 +11,8 @@ _ROOT = pathlib.Path(__file__).parents[2]
 def test_the_pages_code_runs():
   page = (_ROOT / 'docs' / 'models.md').read_text()
   blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  *blocks, exports = blocks
+  assert 'sample.load(run)' in exports  # Of a run; train/sample_test runs it.
   assert len(blocks) == 3
   # One device, as the page has it, whatever this process has.
   code = 'import os\nos.environ["XLA_FLAGS"] = ""\n' + '\n'.join(blocks)

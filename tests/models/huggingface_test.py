@@ -165,6 +165,77 @@ def test_live_loads_what_transformers_writes(layout, tmp_path):
       assert np.array_equal(again[name], tensor), name
 
 
+@pytest.mark.slow
+def test_live_keeps_how_text_is_generated(tmp_path):
+  reason = 'needs torch and transformers; CI has them'
+  torch = pytest.importorskip('torch', reason=reason)
+  transformers = pytest.importorskip('transformers', reason=reason)
+
+  def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+      folder, experts_implementation='eager'
+    )
+
+  facts = {
+    'bos_token_id': 5, 'eos_token_id': [7, 9], 'pad_token_id': 3,
+    'max_position_embeddings': 77,
+  }  # fmt: skip
+  drawn = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9}
+  for case in ('llama3_rope', 'qwen2', 'moe'):
+    folder = tmp_path / case
+    theirs = reference.transformers_model(reference.CASES[case] | facts)
+    theirs.generation_config.update(**drawn)
+    theirs.save_pretrained(folder)
+    before = loaded(folder)
+    for target in (tmp_path / 'ours', folder):
+      huggingface.save(huggingface.load(folder), target)
+      after = loaded(target)
+      for name, value in facts.items():
+        assert getattr(after.config, name) == value, name
+      ids = {k: v for k, v in facts.items() if k.endswith('_id')}
+      for name, value in {**ids, **drawn}.items():
+        assert getattr(after.generation_config, name) == value, name
+      a, b = (x.generation_config.to_dict() for x in (before, after))
+      assert a == b
+      a, b = (x.config.to_dict() for x in (before, after))
+      assert a | {'_name_or_path': str(target), 'head_dim': 6} == b
+
+  # A model trained here ends its texts, where its vocabulary does.
+  model = huggingface.load(folder)
+  options = {'max_new_tokens': 20, 'do_sample': False}
+  prompt = torch.tensor([[1, 2]])
+  end = None
+  for length in (22, 3):
+    facts = huggingface.Facts.of(
+      eos_token_id=end, pad_token_id=0, max_position_embeddings=64
+    )
+    huggingface.save(model, tmp_path / 'trained', facts=facts)
+    trained = loaded(tmp_path / 'trained')
+    assert trained.config.max_position_embeddings == 64
+    texts = trained.generate(prompt, **options)
+    assert texts.shape == (1, length)
+    end = texts[0, 2].item()
+
+
+@pytest.mark.slow
+def test_live_a_tied_head_that_differs(tmp_path):
+  """Transformers computes with it and warns; the advice of ours is right."""
+  reason = 'needs torch and transformers; CI has them'
+  torch = pytest.importorskip('torch', reason=reason)
+  transformers = pytest.importorskip('transformers', reason=reason)
+  tied = reference.CASES['tied']
+  tensors = reference.weights({**tied, 'tie_word_embeddings': False})
+  folder = reference.write(tmp_path, tied, tensors)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  with pytest.raises(ValueError, match='set tie_word_embeddings to false'):
+    huggingface.load(folder)
+  reference.write(tmp_path, {**tied, 'tie_word_embeddings': False}, tensors)
+  with torch.no_grad():
+    logits = theirs(input_ids=torch.from_numpy(reference.INPUTS)).logits
+  ours = huggingface.load(folder)(jnp.asarray(reference.INPUTS, jnp.int32))
+  assert error(np.asarray(ours), logits.numpy()) < 1e-4
+
+
 @pytest.mark.parametrize('case', reference.CASES)
 @pytest.mark.parametrize('scan_layers', [False, True])
 def test_round_trip_to_the_bit(case, scan_layers, tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -124,6 +125,31 @@ def test_text_of_a_run(trained, main, capsys):
     texts.append(capsys.readouterr().out)
   assert texts[0] == texts[1] != texts[2]
   assert all(text.endswith('\n') for text in texts)
+
+
+def test_a_run_as_a_hugging_face_folder(
+  trained, main, capsys, tmp_path, monkeypatch
+):
+  """By the code of docs/models.md; the folder continues a text as the run."""
+  page = pathlib.Path(__file__).parents[2] / 'docs' / 'models.md'
+  blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  [code] = [block for block in blocks if 'sample.load(run)' in block]
+  (tmp_path / 'runs' / 'demo').mkdir(parents=True)
+  (tmp_path / 'runs' / 'demo' / 'adamw_power').symlink_to(trained)
+  monkeypatch.chdir(tmp_path)
+  exec(code, {})
+  source = sample.load(trained)
+  written = json.loads((tmp_path / 'exported' / 'config.json').read_text())
+  assert {written['eos_token_id']} == source.tokenizer.ends
+  assert written['max_position_embeddings'] == source.length
+  texts = []
+  for folder in (trained, 'exported'):
+    assert main('sample', folder, '--tokens', '15', '--temperature', '0') == 0
+    texts.append(capsys.readouterr().out)
+  assert texts[0] == texts[1]
+  exported = sample.load(pathlib.Path('exported'))
+  assert exported.tokenizer.ends == source.tokenizer.ends
+  assert exported.length == source.length
 
 
 @pytest.mark.slow
