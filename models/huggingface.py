@@ -261,10 +261,8 @@ def _check_beside(
           'differ: set tie_word_embeddings to false in it, or remove '
           f'{_HEAD}'
         )
-  frequencies = np.asarray(
-    rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-  )
   for name in sorted(_frequencies(tensors)):
+    frequencies = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     # Some are rounded to bfloat16, some to float16, whose least step is 6e-8.
     if tensors.shape(name) != frequencies.shape or not np.allclose(
       tensors.read(name, (slice(0, frequencies.size),)).astype(np.float32),
