@@ -257,8 +257,8 @@ def _check_beside(
       )
       if not np.array_equal(head, table, equal_nan=True):
         raise ValueError(
-          f'{folder}: config.json ties {_HEAD} to {_EMBEDDING}, but they '
-          'differ: set tie_word_embeddings to false in it, or remove '
+          f'{folder}: the config ties {_HEAD} to {_EMBEDDING}, but they '
+          'differ: set tie_word_embeddings to false in config.json, or remove '
           f'{_HEAD}'
         )
   for name in sorted(_frequencies(tensors)):
