@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
       raise ValueError('model.vocab_size is 0: set the vocabulary first')
     c = self.config = config
     self.mesh = mesh
-    # What `models.huggingface.load` read beside weights, for its `save`.
+    # `models.huggingface.load` puts here what its `save` writes back.
     self.facts: Any = None
     table = c.vocab_size, c.d_model
     self.embedding = normal_param(

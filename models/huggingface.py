@@ -2,8 +2,8 @@
 
 `load` reads a folder onto any mesh and `save` writes one that transformers
 loads. The translation of config.json is in `models.huggingface_config`, that
-of names and layouts in `models.huggingface_names`, and what a folder says
-beside in `models.huggingface_facts`.
+of names and layouts in `models.huggingface_names`; `models.huggingface_facts`
+has what a folder says beside weights and shapes.
 """
 
 import collections
@@ -112,9 +112,10 @@ def save(
     folder: Made if it is not there. Each file is replaced whole;
       safetensors of an earlier model are removed, and its
       generation_config.json. A tokenizer is left where it is.
-    facts: Where a text ends and how long it may be: `Facts.of` of a model
-      trained here. None for what `load` read with the model; of any other,
-      texts then have no end, and transformers assumes its own length.
+    facts: Where a text ends and how long it may be; `Facts.of` makes them for
+      a model trained here. None takes what `load` read with the model. A model
+      without any writes no end of text, and transformers assumes its own
+      length.
     max_bytes: Above this size the tensors are split into several files, with
       an index.
 
@@ -176,14 +177,14 @@ def load_config(folder: str | os.PathLike[str]) -> DecoderConfig:
 
 
 def load_facts(folder: str | os.PathLike[str]) -> Facts:
-  """Reads what changes no number, of config.json and generation_config.json.
+  """Reads the facts in config.json and generation_config.json.
 
   Args:
     folder: Holds them; it may lack the second.
 
   Returns:
-    Which tokens begin, end and fill a text, how many of them it may have, how
-    it is drawn, and what else other software reads.
+    The tokens that begin, end and pad a text, its greatest length, how it is
+    sampled, and what else other software reads.
 
   Raises:
     ValueError: a file is broken; the message names it.
@@ -233,9 +234,9 @@ def _frequencies(tensors: Tensors) -> set[str]:
 def _check_beside(
   folder: pathlib.Path, tensors: Tensors, config: DecoderConfig
 ) -> None:
-  """Checks that what is stored and not loaded is what will be computed with.
+  """Checks that tensors that are stored but not loaded agree with the config.
 
-  Every process does, and none holds more than a part of a tensor.
+  Each process checks all of them and holds only a part of a tensor at a time.
   """
   c = config
   if (folder / 'adapter_config.json').exists():
@@ -271,8 +272,8 @@ def _check_beside(
       atol=1e-7,
     ):
       raise ValueError(
-        f'{folder}: {name} is not what rope_theta and rope_parameters of '
-        'config.json come to: correct them, or remove it'
+        f'{folder}: {name} differs from what rope_theta and rope_parameters '
+        'of config.json give: correct these, or remove the tensor'
       )
 
 

@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says beside weights and shapes.
+"""Facts in a Hugging Face folder beside weights and shapes.
 
-Where a text begins and ends, how long it may be, how it is drawn: nothing that
-the models here compute with, but without it other software goes astray.
+They say where a text begins and ends, how long it may be and how it is sampled.
+The models here compute nothing with them, but other software needs them.
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from models.huggingface_files import read_json
 
 GENERATION = 'generation_config.json'
 
-# Not true of what is written: its type, its class and where it lies are ours.
+# `save` writes its own: these say what the loaded files were.
 _OURS = {'_name_or_path', 'architectures', 'dtype', 'torch_dtype'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What a folder says that changes no number; see `of`.
+  """Facts of a folder that no computed number depends on; see `of`.
 
-  It can be hashed, so that a model carries it through `nnx.split` and jit.
+  They can be hashed, so that a model carries them through `nnx.split` and jit.
   """
 
   options: str = '{"bos_token_id": null, "eos_token_id": null}'
-  """Options of config.json, as a JSON object. What is left out, transformers
-  takes from the published models: an end of 2, a length of 2048."""
+  """Options of config.json, as a JSON object. For those left out, transformers
+  assumes the published models' values: end of text 2, length 2048."""
   generation: str | None = None
   """The text of generation_config.json; None for no such file."""
 
@@ -42,15 +42,15 @@ class Facts:
     pad_token_id: int | None = None,
     max_position_embeddings: int | None = None,
   ) -> 'Facts':
-    """Says what a model trained here cannot know by itself.
+    """Returns the facts of a model that was trained here.
 
     Args:
-      eos_token_id: Ends a text, or each of them does. Without it, generation
-        goes on to its limit.
-      bos_token_id: A text without a prompt begins with it.
-      pad_token_id: Fills a batch.
-      max_position_embeddings: Tokens that the model was trained on at once;
-        None leaves it open, and transformers assumes a published model's.
+      eos_token_id: The token, or tokens, that end a text. Without one,
+        generation goes on to its limit.
+      bos_token_id: The token that begins a text without a prompt.
+      pad_token_id: The token that fills a batch.
+      max_position_embeddings: The sequence length of training; where None,
+        transformers assumes a published model's.
 
     Returns:
       Facts for `models.huggingface.save`.
@@ -75,7 +75,7 @@ class Facts:
     return cls(json.dumps(options))
 
   def check(self, vocab_size: int) -> None:
-    """Checks that a model of a vocabulary can end its texts.
+    """Checks that the end of a text is a token of the vocabulary.
 
     Raises:
       ValueError: an end is not in the vocabulary.
@@ -90,7 +90,7 @@ class Facts:
 
 
 def read(folder: pathlib.Path) -> Facts:
-  """Reads what `huggingface.load` and `huggingface.load_facts` keep.
+  """Reads the facts that `huggingface.load` keeps.
 
   Raises:
     ValueError: a file is broken; the message names it.
@@ -103,11 +103,11 @@ def read(folder: pathlib.Path) -> Facts:
   kept = {k: v for k, v in given.items() if k in HARMLESS - _OURS}
   generation, path = None, folder / GENERATION
   if path.exists():
-    read_json(path)  # Which has words for what is wrong.
+    read_json(path)  # It names what is wrong.
     generation = path.read_bytes().decode()
   return Facts(json.dumps(kept), generation)
 
 
 def _id(value: int | None) -> int | None:
-  """Of any integer, as numpy's, one that JSON takes."""
+  """Makes any integer, as numpy's, one that JSON takes."""
   return None if value is None else operator.index(value)

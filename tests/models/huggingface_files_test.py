@@ -180,7 +180,9 @@ def test_stored_frequencies_are_compared(config, stored, is_right, tmp_path):
   if is_right:
     huggingface.load(folder)
   else:
-    with pytest.raises(ValueError, match=f'{name} is not what rope_theta'):
+    with pytest.raises(
+      ValueError, match=f'{name} differs from what rope_theta'
+    ):
       huggingface.load(folder)
 
 
