@@ -1,6 +1,9 @@
 """A tokenizer.json, as the library `tokenizers` writes it."""
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,9 +21,17 @@ ENDS = (
 )
 """Names of end-of-text tokens; the first that a vocabulary has is its own."""
 
+# A character, and a byte where the vocabulary lacks a character, have no other
+# spelling.
+_ONLY_SPELLING = re.compile('.|<0x[0-9A-F]{2}>', re.DOTALL)
+
 
 class TokenizersJson:
   """Any vocabulary of the library.
+
+  Text that spells a special token is ordinary text. Any other text has the
+  library's own ids: what the model does not know is its unknown token, which
+  may be a special one.
 
   Args:
     content: A tokenizer.json.
@@ -33,17 +44,18 @@ class TokenizersJson:
 
   def __init__(self, content: bytes):
     try:
-      tokenizer = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
+      file = json.loads(content.decode('utf-8'))
+      unknown = _unknown(file['model'])
+      hidden = _hide_special_tokens(file)
+      tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
     except Exception as error:  # What tokenizers raises, and bytes of no text.
       raise vocabulary.NotATokenizerError(
         f'it is not a tokenizer.json ({error})'
       ) from error
-    # Text that spells out a special token is ordinary text.
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    added = tokenizer.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items() if token.special}
+    special = {name: tokenizer.token_to_id(new) for name, new in hidden.items()}
     end = next((special[name] for name in ENDS if name in special), None)
     if end is None:
       raise vocabulary.NotATokenizerError(
@@ -56,10 +68,12 @@ class TokenizersJson:
     self.end_of_text: int = end
     """Id of the token that stands between documents, never within one."""
     self._tokenizer = tokenizer
-    self._ids = np.fromiter(tokenizer.get_vocab().values(), np.int64)
-    self._special = np.isin(np.arange(self.vocab_size), list(special.values()))
-    self._spellings = {i: name for name, i in special.items()}
-    self._trained_here = special == {END_OF_TEXT: 0} and len(added) == 1
+    self._ids = set(tokenizer.get_vocab().values())
+    self._special = set(special.values())
+    self._unknown = unknown
+    self._trained_here = (
+      special == {END_OF_TEXT: 0} and len(file['added_tokens']) == 1
+    )
 
   def __reduce__(self):
     """Pickles the file."""
@@ -68,7 +82,7 @@ class TokenizersJson:
   @property
   def vocab_size(self) -> int:
     """Number of tokens; token ids are in [0, vocab_size)."""
-    return int(self._ids.max()) + 1
+    return max(self._ids) + 1
 
   @property
   def padded_vocab_size(self) -> int:
@@ -81,41 +95,60 @@ class TokenizersJson:
     return vocabulary.digest(self.file_name, self.content)
 
   def known(self) -> np.ndarray:
-    """Marks the ids that have a token; bool (vocab_size,)."""
-    return np.isin(np.arange(self.vocab_size), self._ids)
+    """Marks the ids that texts are made of, and their end; bool."""
+    known = self._ids - self._special | {self.end_of_text, self._unknown}
+    return np.isin(np.arange(self.vocab_size), list(known))
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the ids of each text: uint32 (tokens,)."""
     encodings = self._tokenizer.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
-    return [
-      self._spelled_out(np.array(encoding.ids, np.uint32))
-      for encoding in encodings
-    ]
+    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
   def decode(self, tokens: Iterable[int]) -> str:
     """Returns the text of ids; special and unknown ones have none."""
-    ids = [int(token) for token in tokens]
-    return self._tokenizer.decode(ids, skip_special_tokens=True)
+    ids = [int(token) for token in tokens if token not in self._special]
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-  def _spelled_out(self, ids: np.ndarray) -> np.ndarray:
-    """The ids, special tokens as the text that they were.
 
-    Where they are pieces of the model as well, as T5's, the library makes them
-    of text that spells them.
-    """
-    is_special = self._special[ids]
-    if not is_special.any():
-      return ids
-    pieces = []
-    for token, special in zip(ids.tolist(), is_special, strict=True):
-      pieces.append(self._spelling(token) if special else [token])
-    return np.array([i for piece in pieces for i in piece], np.uint32)
+def _unknown(model: dict[str, Any]) -> int:
+  """Returns the id of what a model does not know; -1 where it has none."""
+  found = model.get('unk_id')  # Unigram; the others have a name.
+  if found is None and isinstance(model['vocab'], dict):
+    found = model['vocab'].get(model.get('unk_token'))
+  return -1 if found is None else found
 
-  def _spelling(self, token: int) -> list[int]:
-    name = self._spellings[token]
-    parts = self._tokenizer.encode_batch_fast(
-      [name[:1], name[1:]], add_special_tokens=False
-    )
-    return [i for part in parts for i in part.ids if not self._special[i]]
+
+def _hide_special_tokens(file: dict[str, Any]) -> dict[str, str]:
+  """Gives special tokens names that no text has; returns these by the old.
+
+  The library makes special tokens of text that spells them where they are
+  pieces of the model as well, as T5's are.
+  """
+  names = {
+    token['content']: f'\uffff{token["content"]}\uffff'
+    for token in file.setdefault('added_tokens', [])
+    if token['special'] and not _ONLY_SPELLING.fullmatch(token['content'])
+  }
+  for token in file['added_tokens']:
+    if token['content'] in names:
+      token['content'] = names[token['content']]
+      token['normalized'] = False
+  model = file['model']
+  vocab = model['vocab']
+  if isinstance(vocab, list):
+    model['vocab'] = [[names.get(name, name), score] for name, score in vocab]
+  else:
+    model['vocab'] = {names.get(name, name): i for name, i in vocab.items()}
+  if model.get('unk_token') in names:
+    model['unk_token'] = names[model['unk_token']]
+  prefix = len(model.get('continuing_subword_prefix') or '')
+
+  def stays(merge: str | list[str]) -> bool:
+    a, b = merge.split(' ') if isinstance(merge, str) else merge
+    return names.keys().isdisjoint((a, b, a + b[prefix:]))
+
+  if merges := model.get('merges'):
+    model['merges'] = [merge for merge in merges if stays(merge)]
+  return names
