@@ -1,10 +1,15 @@
 """The user's own files: text, JSON lines and Parquet, also compressed."""
 
+import contextlib
+import functools
 import glob
+import heapq
 import itertools
+import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from train import errors
 from train.data import compressed, json_lines, local_file, plain_text, source
@@ -14,9 +19,18 @@ _FORMS = ('.txt', *_JSON)
 _PARQUET = '.parquet'
 OPTIONS = ('--files', '--text-field')
 
+_logger = logging.getLogger('train.data')
+
+# '**' as a whole name, or several in a row, which match no more.
+_DEEP = re.compile(r'(?<![^/])(?:\*\*/+)*\*\*(?:/+|$)')
+
 
 def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   """Returns the files that a glob matches, sorted by path.
+
+  A file that symbolic links give several names is taken once, by the name
+  with the fewest links in it, of several the first. What is no file, as a
+  socket, is passed over. A line tells of either.
 
   Args:
     pattern: A glob; '**' matches any number of directories, '~' is the home.
@@ -25,11 +39,22 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   Raises:
     UserError: nothing matches, or a file is of a kind that is not read.
   """
-  matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-  paths = sorted(pathlib.Path(m) for m in matches if not os.path.isdir(m))
+  pattern = os.path.expanduser(pattern)
+  again: set[str] = set()
+  matches = set(_matches(pattern, again))
+  others = {m for m in matches if not os.path.isfile(m) and os.path.exists(m)}
+  folders = {name for name in others if os.path.isdir(name)}
+  files: dict[str, str] = {}
+  for _, name, real in sorted(_places(matches - others)):
+    if files.setdefault(real, name) != name:
+      again.add(name)
+  _tell(option, 'links to what has another name', again)
+  _tell(option, 'pipes, sockets or devices', others - folders)
+  paths = sorted(map(pathlib.Path, files.values()))
   if not paths:
-    hint = f"; for all below it, give '{pattern}/**/*.txt'" if matches else ''
-    raise errors.UserError(f'{option}: no file matches {pattern!r}{hint}')
+    raise errors.UserError(
+      f'{option}: no file matches {pattern!r}{_hint(pattern, bool(folders))}'
+    )
   for path in paths:
     if _kind(path) is None:
       raise errors.UserError(
@@ -38,6 +63,85 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
         ' glob name one'
       )
   return paths
+
+
+def _matches(pattern: str, again: set[str]) -> Iterator[str]:
+  """What a glob matches, as `glob.glob`, which ends in no loop of links.
+
+  Args:
+    pattern: The glob.
+    again: Takes the links that '**' does not follow.
+  """
+  deep = _DEEP.search(pattern)
+  if not deep:
+    yield from glob.iglob(pattern)
+    return
+  above = pattern[: deep.start()]
+  below = pattern[deep.end() :] if deep[0].endswith('/') else '*'
+  for top in glob.glob(above) if above else ['']:
+    for folder in _folders(top, again):
+      yield from _matches(os.path.join(glob.escape(folder), below), again)
+
+
+def _folders(top: str, again: set[str]) -> Iterator[str]:
+  """A folder and all below it, each once, by the fewest links that lead there.
+
+  Args:
+    top: The folder.
+    again: Takes the links that lead to a folder that has come already.
+  """
+  seen = set()
+  heap = [(0, top)]
+  while heap:
+    links, folder = heapq.heappop(heap)
+    real = os.path.realpath(folder)
+    if real in seen:
+      again.add(folder)
+      continue
+    seen.add(real)
+    yield folder
+    with contextlib.suppress(OSError), os.scandir(folder or '.') as entries:
+      for entry in entries:
+        path = os.path.join(folder, entry.name)
+        link = entry.is_symlink()
+        is_folder = os.path.isdir(path) if link else entry.is_dir()
+        if is_folder and not entry.name.startswith('.'):
+          heapq.heappush(heap, (links + link, path))
+
+
+def _places(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+  """How many links there are in each name, the name, and where it leads."""
+  of_folder = functools.cache(
+    lambda path: (_links(path), os.path.realpath(path))
+  )
+  for name in names:
+    links, above = of_folder(os.path.dirname(name))
+    if os.path.islink(name):
+      yield links + 1, name, os.path.realpath(name)
+    else:
+      yield links, name, os.path.join(above, os.path.basename(name))
+
+
+def _links(path: str) -> int:
+  above = os.path.dirname(path)
+  return os.path.islink(path) + (_links(above) if above != path else 0)
+
+
+def _tell(option: str, what: str, names: Collection[str]) -> None:
+  """Says what is left out, with an example."""
+  if names:
+    more = f' and {len(names) - 1:,} more' if len(names) > 1 else ''
+    _logger.warning('%s: left out, as %s: %s%s', option, what, min(names), more)
+
+
+def _hint(pattern: str, is_folder: bool) -> str:
+  """What a pattern that matches no file should have been, perhaps."""
+  if is_folder:
+    return f"; for all below it, give '{pattern}/**/*.txt'"
+  literal = pattern.replace('[', '[[]')
+  if literal != pattern and any(_matches(literal, set())):
+    return f"; a name with brackets is written '{literal}'"
+  return ''
 
 
 def _kind(path: pathlib.Path) -> tuple[str, str] | None:

@@ -1,4 +1,5 @@
 import errno
+import glob
 import json
 import os
 import pickle
@@ -7,6 +8,8 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.train.data.sources import COMPRESS, digests, read, read_bad
 from train import errors
@@ -32,6 +35,122 @@ def test_order_and_recursion(tmp_path):
     'text of a.txt', 'text of b/a.txt', 'text of b/z.txt'
   ]  # fmt: skip
   assert found.listing() == [['a.txt', 13], ['a.txt', 15], ['z.txt', 15]]
+
+
+@given(
+  st.lists(
+    st.sampled_from(['**', '*', 'a', 'b', '.h', '.*', '*.txt', 'a*', '**b']),
+    min_size=1,
+    max_size=4,
+  )
+)
+def test_without_links_it_is_a_glob(tree, names):
+  pattern = str(tree / '/'.join(names))
+  wanted = {m for m in glob.glob(pattern, recursive=True) if os.path.isfile(m)}
+  if wanted:
+    assert {str(path) for path in text_files.find(pattern)} == wanted
+  else:
+    with refused('no file matches'):
+      text_files.find(pattern)
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory):
+  tree = tmp_path_factory.mktemp('tree')
+  for folder in ('', 'a', 'a/b', 'a/.h', '.h', '.h/a', 'b', 'b/a/b', 'a/**'):
+    (tree / folder).mkdir(parents=True, exist_ok=True)
+    for name in ('a.txt', '.b.txt'):
+      (tree / folder / name).write_text(folder + name)
+  return tree
+
+
+def names(pattern, folder):
+  return [str(p.relative_to(folder)) for p in text_files.find(str(pattern))]
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path, caplog):
+  """By that with the fewest links, or the first of them."""
+  for name in ('v1/a.txt', 'v1/b/c.txt', 'v3/a.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  wanted = names(tmp_path / '**/*.txt', tmp_path)
+  assert wanted == ['v1/a.txt', 'v1/b/c.txt', 'v3/a.txt']
+  assert not caplog.records
+  (tmp_path / 'latest').symlink_to('v3')
+  (tmp_path / 'a.txt').symlink_to('v1/b/c.txt')
+  assert names(tmp_path / '**/*.txt', tmp_path) == wanted
+  assert caplog.messages == [
+    '--files: left out, as links to what has another name:'
+    f' {tmp_path}/a.txt and 1 more'
+  ]
+  assert names(tmp_path / '*/*.txt', tmp_path) == ['v1/a.txt', 'v3/a.txt']
+  assert names(tmp_path / '[l-z]*/**/*.txt', tmp_path) == wanted
+  assert names(tmp_path / 'latest/*.txt', tmp_path) == ['latest/a.txt']
+  assert names(tmp_path / '**/latest/*.txt', tmp_path) == ['latest/a.txt']
+
+
+@pytest.mark.parametrize('targets', [['.'], ['..', '..'], ['.', '..', 'l1']])
+def test_loops_of_links_end(tmp_path, targets):
+  (tmp_path / 'a/b').mkdir(parents=True)
+  for i in range(10):
+    (tmp_path / f'a/b/{i}.txt').write_text(f'text {i}')
+  wanted = names(tmp_path / '**' / '*.txt', tmp_path)
+  for i, target in enumerate(targets):
+    (tmp_path / f'a/b/l{i}').symlink_to(target)
+    (tmp_path / f'a/l{i}').symlink_to(target)
+  (tmp_path / 'a/self').symlink_to('self')
+  assert names(tmp_path / '**' / '*.txt', tmp_path) == wanted
+  assert names(tmp_path / '**/b/**' / '*.txt', tmp_path) == wanted
+  assert len(names(tmp_path / 'a/l*/**/*.txt', tmp_path)) == 10
+
+
+def test_a_hub_cache_is_read_by_the_names_of_its_links(tmp_path):
+  """Its files have no suffix; a folder may be elsewhere."""
+  (tmp_path / 'blobs').mkdir()
+  (tmp_path / 'hub/snapshots/x').mkdir(parents=True)
+  for i in range(2):
+    (tmp_path / f'blobs/abc{i}').write_text(f'text {i}')
+    link = tmp_path / f'hub/snapshots/x/train{i}.txt'
+    link.symlink_to(tmp_path / f'blobs/abc{i}')
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data/corpus').symlink_to(tmp_path / 'hub')
+  (tmp_path / 'hub/snapshots/y').symlink_to('x')
+  found = files(tmp_path / 'data/**/*.txt')
+  assert read(found) == ['text 0', 'text 1']
+  assert found.listing() == [['train0.txt', 6], ['train1.txt', 6]]
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+  (tmp_path / 'a.txt').write_text('a')
+  (tmp_path / 'b.txt').symlink_to('gone')
+  with refused(r'cannot read .*/b\.txt: No such file'):
+    files(tmp_path / '**' / '*.txt')
+
+
+def test_what_is_no_file_is_passed_over(tmp_path, caplog):
+  """Opening a pipe would wait for ever."""
+  (tmp_path / 'a.txt').write_text('a')
+  os.mkfifo(tmp_path / 'b.txt')
+  (tmp_path / 'c.txt').symlink_to('b.txt')
+  (tmp_path / 'd.txt').symlink_to('/dev/zero')
+  assert read(files(tmp_path / '*.txt')) == ['a']
+  assert caplog.messages == [
+    '--files: left out, as pipes, sockets or devices:'
+    f' {tmp_path}/b.txt and 2 more'
+  ]
+  with refused(r"no file matches '.*/b\.txt'$"):
+    files(tmp_path / 'b.txt')
+
+
+def test_brackets_in_a_name(tmp_path):
+  (tmp_path / 'b[1]').mkdir()
+  (tmp_path / 'b[1]/a.txt').write_text('a')
+  for pattern in ('b[1]/a.txt', 'b[1]/**/*.txt'):
+    with refused(r"; a name with brackets is written '.*/b\[\[\]1\]/.*\.txt'$"):
+      files(tmp_path / pattern)
+    assert read(files(tmp_path / pattern.replace('[', '[[]'))) == ['a']
+  with refused(r"no file matches '.*c\[1\]'$"):
+    files(tmp_path / 'c[1]')
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
