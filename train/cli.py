@@ -19,7 +19,7 @@ from etils import epath
 
 from models import families
 from train import recipes, storage
-from train.config import Config
+from train.config import OF_TEXT, Config
 from train.errors import UserError
 
 _GLOB_OPTIONS = ('--files', '--data.files')
@@ -109,9 +109,16 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
         f'--{path} is not an option of a {families.family(config.model)} model'
       )
   try:
-    return _replace(config, given)
+    made = _replace(config, given)
   except ValueError as error:  # From `models`, which names 'model.field'.
     raise UserError(f'--{error}') from error
+  for name in OF_TEXT:
+    if made.data.prepared and f'data.{name}' in given:
+      raise UserError(
+        f'--data.{name} does not go with --data.prepared, which was made of'
+        ' text already'
+      )
+  return made
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

@@ -53,7 +53,8 @@ class DataConfig:
   batch_size: int = 16
   """Sequences in a global batch."""
   validation_fraction: float = 0.05
-  """Share of documents, chosen by a hash of their text, held out."""
+  """Share of documents, chosen by a hash of their text, held out; of prepared
+  data, as prepared."""
   validation_tokens: int = 65536
   """At most this many held-out tokens are scored at each evaluation."""
   repeat: bool = True
@@ -96,6 +97,10 @@ class DataConfig:
           f'--data.{name} does not go with --data.prepared, which holds text'
           ' and tokenizer'
         )
+
+
+OF_TEXT = ('text_field', 'skip_bad', 'vocab_size', 'validation_fraction')
+"""Fields of `DataConfig` that say what is made of text, where it is read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from train.config import with_defaults
+from train.config import OF_TEXT, with_defaults
 from train.errors import UserError
 
 _PACKAGES = (
@@ -68,7 +68,9 @@ def check_same(
   same = layout | {key: wanted[key] for key in _FREE}
   before = found
   if isinstance(data := found.get('data'), dict):
-    places = {key: wanted['data'][key] for key in _PLACES}
+    # An older version wrote down what was not read of prepared data.
+    of_text = OF_TEXT if wanted['data']['prepared'] else ()
+    places = {key: wanted['data'][key] for key in (*_PLACES, *of_text)}
     found = found | {'data': data | places}
   differences = _differences(found | same, wanted | same)
   if facts.get('source_hash') != source_hash and not differences:

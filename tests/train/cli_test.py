@@ -212,6 +212,13 @@ MISTAKES = [
   ('--data.text_field=', '--data.text_field: it is empty'),
   ('--data.files=', '--data.files: it is empty'),
   (f'--data.vocab_size {2**25}', '--data.vocab_size must be at most'),
+  *(
+    (
+      f'--data.prepared dir --data.{name} {CHANGED[f"data.{name}"]}',
+      f'--data.{name} does not go with --data.prepared',
+    )
+    for name in config_lib.OF_TEXT
+  ),
   ('--optimizer.learning_rate 1e39', '--optimizer.learning_rate must be'),
   ('--optimizer.power_eps 1e50', '--optimizer.power_eps must be zero or more'),
   ('--optimizer.power 2e6', '--optimizer.power must be positive and below 1e6'),

@@ -38,7 +38,7 @@ class Dataset:
   """Prepared windows of both splits, ready to be batched."""
 
   config: config_lib.DataConfig
-  """Its layout is set."""
+  """Its layout is set, and the share held out is that of the data."""
   sources: Sequence[prepared.Prepared]
   """One, or those of a mixture, of one vocabulary, length and layout."""
   stages: Sequence[mixture.Stage]
@@ -238,7 +238,7 @@ def _from_text(
 def _resolved(
   config: config_lib.DataConfig, found: prepared.Prepared
 ) -> config_lib.DataConfig:
-  """Sets the layout, and checks that the windows are those asked for."""
+  """Sets what the data say, and checks that the windows are as asked for."""
   there = found.stats
   layout = config.layout or (there.layout if config.prepared else 'stream')
   give, prepare_with = [], []
@@ -254,7 +254,9 @@ def _resolved(
       f' the layout {there.layout}: give {" ".join(give)}, or prepare with'
       f' {" ".join(prepare_with)}'
     )
-  return dataclasses.replace(config, layout=layout)
+  return dataclasses.replace(
+    config, layout=layout, validation_fraction=there.validation_fraction
+  )
 
 
 def _check_length(dataset: Dataset) -> None:

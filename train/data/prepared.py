@@ -302,6 +302,9 @@ def open_all(
 ) -> list[Prepared]:
   """Opens directories that are to be mixed.
 
+  One share held out means one side for each text, wherever it is: of two, the
+  larger would score what the smaller trains on.
+
   Raises:
     UserError: as `Prepared`; or they do not fit together.
   """
@@ -312,6 +315,11 @@ def open_all(
       ('sequence length', [p.stats.sequence_length for p in (first, other)]),
       ('layout', [layouts.stored(p.stats.layout) for p in (first, other)]),
       ('tokenizer', [p.stats.tokenizer_hash for p in (first, other)]),
+      (
+        'the same text could be trained on and held out, with'
+        ' --validation-fraction',
+        [p.stats.validation_fraction for p in (first, other)],
+      ),
     ):
       if facts[0] != facts[1]:
         here, there = (str(fact)[:12] for fact in facts)

@@ -227,9 +227,10 @@ def of(directory, **kwargs):
 
 
 def test_prepared_data_are_what_the_text_gives(load, prepared):
-  from_text = load(layout='packed')
-  dataset = data.load(of(prepared('packed')))
+  from_text = load(layout='packed', validation_fraction=0.1)
+  dataset = data.load(of(prepared('packed', validation_fraction=0.1)))
   assert dataset.config.layout == 'packed'
+  assert dataset.config.validation_fraction == 0.1
   assert dataset.source_hash == from_text.source_hash
   np.testing.assert_equal(dataset.train(3)[5], from_text.train(3)[5])
 

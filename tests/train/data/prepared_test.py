@@ -356,6 +356,13 @@ def test_only_what_fits_together_is_mixed(made, copy, tmp_path):
   changed = dataclasses.replace(values, tokenizer_hash='1' * 64)
   (copy / 'stats.json').write_text(changed.to_json())
   refused_with(copy, 'tokenizer [0-9a-f]{12} and 1{12}')
+  changed = dataclasses.replace(values, validation_fraction=0.3)
+  (copy / 'stats.json').write_text(changed.to_json())
+  refused_with(
+    copy,
+    'the same text could be trained on and held out, with'
+    ' --validation-fraction 0.1 and 0.3; prepare one of them again',
+  )
   longer = prepared_maker.make(
     tmp_path / 'longer',
     {'train': prepared_maker.stream_rows(np.arange(100, dtype=np.uint16), 9)},
