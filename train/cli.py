@@ -164,7 +164,10 @@ def _check_field(path: str, also: Sequence[str]) -> None:
 def say(text: str) -> None:
   """Prints to stdout, which may be full, or closed by `head`: no error."""
   try:
-    print(text, flush=True)
+    try:
+      print(text, flush=True)
+    except UnicodeEncodeError:  # A name, where stdout is not in UTF-8.
+      print(text.encode('ascii', 'backslashreplace').decode(), flush=True)
   except OSError:
     # What is left in the buffer must not fail again on the way out.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

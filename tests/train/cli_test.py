@@ -1,7 +1,9 @@
 import argparse
 import dataclasses
+import io
 import json
 import math
+import sys
 
 import pytest
 from hypothesis import given
@@ -261,6 +263,13 @@ def test_no_word_for_a_number_escapes(text):
     except UserError:
       continue
     assert math.isfinite(value)
+
+
+def test_a_name_is_said_where_stdout_is_not_unicode(monkeypatch):
+  stdout = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  monkeypatch.setattr(sys, 'stdout', stdout)
+  cli.say("in größe's")
+  assert stdout.buffer.getvalue() == b"in gr\\xf6\\xdfe's\n"
 
 
 def test_the_defaults_are_legal():

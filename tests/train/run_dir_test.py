@@ -252,7 +252,7 @@ def test_it_is_the_same_run_wherever_its_data_lie(run):
   again(run, moved(tokenizer='elsewhere.json'))
   # What is made of text is asked of text alone.
   again(run, moved(prepared='elsewhere', validation_fraction=0.3))
-  with pytest.raises(UserError, match='validation_fraction is 0.05 there'):
+  with pytest.raises(UserError, match=r'fraction is 0\.05 there'):
     again(run, moved(validation_fraction=0.3))
   with pytest.raises(UserError, match=r"--data\.prepared is '' there, 'else"):
     again(run, moved(prepared='elsewhere'), source_hash='another')

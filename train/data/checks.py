@@ -15,19 +15,20 @@ def decoded(
   problems: source.Problems,
   of_text_file: bool = False,
 ) -> str | None:
-  """Returns UTF-8 bytes as text, without a byte order mark; None if bad.
+  """Returns UTF-8 bytes as text; None if bad.
 
   Args:
     raw: The bytes.
     place: Where they are.
     problems: What is told where they are bad.
-    of_text_file: Whether they are of a file of text, which iconv can convert.
+    of_text_file: Whether they are of a file of text, which iconv can convert,
+      and whose byte order mark is left out.
 
   Raises:
     UserError: as `problems.found`.
   """
   try:
-    return raw.decode('utf-8-sig')
+    return raw.decode('utf-8-sig' if of_text_file else 'utf-8')
   except UnicodeDecodeError as error:
     hint = encoding_hint(raw) if of_text_file else ''
     problems.found(
@@ -54,12 +55,13 @@ def encoding_hint(raw: bytes) -> str:
   return '; if it is in another encoding: iconv -f LATIN1 -t UTF-8'
 
 
-def usable(text: str, place: Place, problems: source.Problems) -> bool:
-  """Whether a text can be a document.
+def document(text: str, place: Place, problems: source.Problems) -> str | None:
+  """Returns a text without a leading byte order mark; None if it is no use.
 
   Raises:
     UserError: as `problems.found`.
   """
+  text = text.removeprefix('\ufeff')
   if not text or text.isspace():
     problems.found('empty', f'{place()}: the text is blank')
   elif len(text) > source.LARGEST:
@@ -75,8 +77,8 @@ def usable(text: str, place: Place, problems: source.Problems) -> bool:
       'encoding', f'{place()}: half a surrogate pair, which is no character'
     )
   else:
-    return True
-  return False
+    return text
+  return None
 
 
 def _has_half_surrogates(text: str) -> bool:

@@ -17,6 +17,7 @@ from train.data import (
   corpora,
   layouts,
   loader,
+  local_file,
   mixture,
   prepare,
   prepared,
@@ -165,6 +166,7 @@ def load(
     if cache_dir is None:
       cache_dir = cache.default_directory()
     directory = pathlib.Path(cache_dir).expanduser().absolute()
+    local_file.check_name(directory, 'the data cache')
     sources = [_from_text(config, directory)]
     stages = (mixture.Stage(0, (1.0,)),)
   dataset = Dataset(_resolved(config, sources[0]), sources, stages)

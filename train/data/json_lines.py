@@ -17,7 +17,7 @@ PART = 2**26
 LONGEST = 8 * source.LARGEST
 """Bytes of a line; a longer one is passed over, and not kept in memory."""
 # The first line of an array of objects, or of one object over several lines.
-_NOT_LINES = re.compile(rb'\s*(\[\s*(\{.*)?|\{)\s*', re.DOTALL)
+_NOT_LINES = re.compile(rb'(?:\xef\xbb\xbf)?\s*(\[\s*(\{.*)?|\{)\s*', re.DOTALL)
 
 
 def parts(
@@ -119,8 +119,8 @@ class JsonLines:
         if raw is None:
           problems.found('giant', f'{place()} has more than {LONGEST:,} bytes')
         elif raw and not raw.isspace():
-          if first and _NOT_LINES.fullmatch(raw):
-            raise errors.UserError(_not_lines(path, raw))
+          if first and (found := _NOT_LINES.fullmatch(raw)):
+            raise errors.UserError(_not_lines(path, found[1]))
           text = self._text(raw, place, problems)
           if text is not None:
             yield text
@@ -165,7 +165,7 @@ class JsonLines:
     if not isinstance(text, str):
       problems.found('field', f'{place()}: the field {field!r} is not a string')
       return None
-    return text if checks.usable(text, place, problems) else None
+    return checks.document(text, place, problems)
 
 
 class _Place:
@@ -194,7 +194,7 @@ def _names(record: dict) -> str:
 
 
 def _not_lines(path: pathlib.Path, raw: bytes) -> str:
-  if raw.strip().startswith(b'['):
+  if raw.startswith(b'['):
     return (
       f'{path} is one JSON array, not one object a line: write it as lines,'
       " for instance with jq -c '.[]'"

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -77,6 +78,27 @@ def blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
       break
     start += len(block)
     yield block
+
+
+def check_name(path: str | pathlib.Path, option: str) -> None:
+  """Checks that the libraries of records can open what is of this name.
+
+  Their names are UTF-8; of others, they call sound files damaged.
+
+  Raises:
+    UserError: it is not UTF-8, or Python reads names in another encoding.
+  """
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError as error:
+    encoding = sys.getfilesystemencoding()
+    reason = (
+      'the name is not UTF-8: rename it'
+      if encoding == 'utf-8'
+      else f'names are read as {encoding} here: set PYTHONUTF8=1 in the'
+      ' environment, which reads them as UTF-8'
+    )
+    raise errors.UserError(f'{option} {path}: {reason}') from error
 
 
 @contextlib.contextmanager

@@ -79,9 +79,7 @@ class Parquet:
       problems.found('field', f'{place()}: {self.column!r} is null')
       return None
     text = checks.decoded(raw, place, problems)
-    if text is None or not checks.usable(text, place, problems):
-      return None
-    return text
+    return None if text is None else checks.document(text, place, problems)
 
   def _values(self, opened: BinaryIO) -> Iterator[bytes | None]:
     if not self.groups:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from train import errors
-from train.data import layouts, vocabulary
+from train.data import layouts, local_file, vocabulary
 from train.data import stats as stats_lib
 from train.data import tokenizer as tokenizer_lib
 
@@ -55,6 +55,7 @@ class Prepared:
     self, directory: str | pathlib.Path, option: str = '--data.prepared'
   ):
     self.directory = pathlib.Path(directory).expanduser()
+    local_file.check_name(self.directory, option)
     self._option = option
     self.stats = self._read_stats()
     self._check_files()

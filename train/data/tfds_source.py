@@ -20,7 +20,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import conversion_utils, dtype_utils
 
 from train import errors
-from train.data import checks, compressed, source, tfds_errors
+from train.data import checks, compressed, local_file, source, tfds_errors
 
 _logger = logging.getLogger('train.data')
 
@@ -138,7 +138,8 @@ class TfdsSource:
 
   def _check(self, builder: tfds.core.DatasetBuilder) -> None:
     """Whether there is such a split, of such texts, that can be read."""
-    _, field_option, split_option = self._options
+    option, field_option, split_option = self._options
+    local_file.check_name(builder.data_path, option)
     where = f'{self._name} in {builder.data_path}'
     if self._split.split('[')[0] not in builder.info.splits and not (
       set('+[') & set(self._split)
@@ -260,7 +261,9 @@ class Examples:
     try:
       for raw in self._values():
         text = checks.decoded(raw, place, problems)
-        if text is not None and checks.usable(text, place, problems):
+        if text is not None:
+          text = checks.document(text, place, problems)
+        if text is not None:
           yield text
         number += 1
     except compressed.DamagedError as error:

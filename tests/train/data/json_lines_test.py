@@ -96,6 +96,7 @@ BAD = [
   (b'{"text": "a"}\0', 'encoding', r'line 2 is not text: it has NUL'),
   (b'{"text": "\\u0000"}', 'encoding', r'line 2 is not text: it has NUL'),
   (b'{"text": " \\n"}', 'empty', r'line 2: the text is blank'),
+  (b'{"text": "\\ufeff "}', 'empty', r'line 2: the text is blank'),
   (b'{"text": "' + b'a' * 99 + b'"}', 'giant', r'has 99 char.* may have 50'),
   (b' ' * 401, 'giant', r'line 2 has more than 400 bytes'),
 ]
@@ -124,6 +125,7 @@ def test_a_bad_line(tmp_path, monkeypatch, suffix, line, kind, match):
   [
     (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', 'is one JSON array'),
     (b'\n[{"text": "a"}, {"text": "b"}]', 'is one JSON array'),
+    (b'\xef\xbb\xbf[{"text": "a"}]', 'is one JSON array'),
     (b'[ {"text": "a"},\n{"text": "b"}]', 'is one JSON array'),
     (b'{\n  "text": "a"\n}\n', 'is a JSON object over several lines'),
   ],

@@ -3,6 +3,7 @@ import json
 import pathlib
 import resource
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -201,6 +202,13 @@ def test_what_is_not_prepared_is_refused(copy, tmp_path):
   refused(copy, 'was cut off there: run .* again')
   (tmp_path / 'empty' / '.work').mkdir()
   refused(tmp_path / 'empty', 'was cut off there: run .* again')
+
+
+def test_a_name_that_libraries_cannot_read_is_no_damage(copy, monkeypatch):
+  other = copy.rename(copy.with_name('gr\udcf6'))
+  refused(other, 'the name is not UTF-8: rename it$')
+  monkeypatch.setattr(sys, 'getfilesystemencoding', lambda: 'ascii')
+  refused(other, 'names are read as ascii here: set PYTHONUTF8=1')
 
 
 def test_damaged_stats_are_refused(copy):

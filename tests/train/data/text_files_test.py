@@ -184,6 +184,17 @@ def _order(paths):
   return [names.index(path) for path in paths]
 
 
+@pytest.mark.parametrize('marks', range(3))
+def test_one_leading_byte_order_mark_is_dropped(tmp_path, marks):
+  """In every form alike, and none within a text."""
+  text = '\ufeff' * marks + 'Größe \ufeff'
+  (tmp_path / 'a.txt').write_text(text, 'utf-8')
+  line = json.dumps({'text': text}, ensure_ascii=False)
+  (tmp_path / 'b.jsonl').write_text(line, 'utf-8-sig')
+  pq.write_table(pa.table({'text': [text]}), tmp_path / 'c.parquet')
+  assert read(files(tmp_path / '*')) == [text.removeprefix('\ufeff')] * 3
+
+
 def test_no_match(tmp_path):
   with refused('^--files: no file matches'):
     files(tmp_path / '*.txt')

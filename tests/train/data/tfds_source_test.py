@@ -318,6 +318,14 @@ def test_a_file_is_missing(prepared, tmp_path):
     tfds_source.TfdsSource(str(tmp_path / 'a')).parts()
 
 
+def test_a_name_that_is_not_utf8(prepared, tmp_path):
+  copy = shutil.copytree(prepared, tmp_path / 'gr\udcf6')
+  with pytest.raises(
+    errors.UserError, match=r'^--tfds .*: the name is not UTF'
+  ):
+    tfds_source.TfdsSource(str(copy)).parts()
+
+
 def test_a_broken_dataset_info(prepared, tmp_path):
   shutil.copytree(prepared, tmp_path / 'a')
   (tmp_path / 'a' / 'dataset_info.json').write_text('{"name": ')

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from train import errors, lock
+from train.data import local_file
 from train.data.prepare import files
 
 _logger = logging.getLogger('train.data')
@@ -20,7 +21,8 @@ _LOCK = 'lock'
 
 
 def check_directory(out: pathlib.Path) -> None:
-  """Raises: UserError: there is a file of this name, or of one above."""
+  """Raises: UserError: a file has this name or one above; it is not UTF-8."""
+  local_file.check_name(out, '--out')
   for path in (out, *out.parents):
     # Not its methods: they raise where one may not look.
     if os.path.exists(path) and not os.path.isdir(path):
