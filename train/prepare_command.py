@@ -65,13 +65,10 @@ def add(commands) -> None:
   parser.add_argument('--out', type=cli.path, required=True, metavar='DIR')
   parser.add_argument(
     '--text-field',
-    default='text',
     metavar='NAME',
     help="of a JSON object, a row or an example; default: 'text'",
   )
-  parser.add_argument(
-    '--tfds-split', default='train', metavar='SPLIT', help='default: train'
-  )
+  parser.add_argument('--tfds-split', metavar='SPLIT', help='default: train')
   parser.add_argument(
     '--validation-fraction',
     type=cli.part,
@@ -123,6 +120,10 @@ def run(options: argparse.Namespace) -> int:
 
   if options.beam_option and options.engine != 'beam':
     raise errors.UserError('--beam-option needs --engine beam')
+  if options.tfds_split is not None and options.tfds is None:
+    raise errors.UserError('--tfds-split needs --tfds')
+  if options.text_field is not None and options.corpus is not None:
+    raise errors.UserError('--text-field does not go with --corpus')
   begun = time.monotonic()
   shown = progress.Shown()
   try:
@@ -158,15 +159,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _source(options: argparse.Namespace):
+  field = 'text' if options.text_field is None else options.text_field
   if options.files is not None:
     from train.data import text_files
 
-    return text_files.TextFiles(options.files, options.text_field)
+    return text_files.TextFiles(options.files, field)
   if options.tfds is not None:
     from train.data import tfds_source
 
     return tfds_source.TfdsSource(
-      options.tfds, options.text_field, options.tfds_split
+      options.tfds, field, options.tfds_split or 'train'
     )
   from train.data import cache, corpora
 

@@ -178,6 +178,7 @@ def test_mistakes_in_the_options(line, words):
   'more, words',
   [
     (('--beam-option=--runner=X',), 'needs --engine beam'),
+    (('--tfds-split', 'test'), 'needs --tfds'),
     (('--files', '/no/such.txt'), 'no file matches'),
     (('--layout', 'heap'), "no layout 'heap'"),
     (('--vocab-size', 200), 'at least 257'),
@@ -193,6 +194,8 @@ def test_a_corpus_that_is_not_there(tmp_path):
   arguments = command('', tmp_path / 'out')[2:]
   with pytest.raises(errors.UserError, match='atlantis'):
     run('--corpus', 'atlantis', *arguments)
+  with pytest.raises(errors.UserError, match='does not go with --corpus'):
+    run('--corpus', 'wikipedia_leads', *arguments, '--text-field', 'body')
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ class TokenizersJson:
   def __init__(self, content: bytes):
     try:
       file = json.loads(content.decode('utf-8'))
+      file['model'].pop('dropout', None)  # The same text, the same ids.
       unknown = _unknown(file['model'])
       hidden = _hide_special_tokens(file)
       tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))

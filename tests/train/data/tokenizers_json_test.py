@@ -60,8 +60,10 @@ def word_piece():
 
 
 def byte_level():
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   model = models.BPE(
-    numbered('</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())), []
+    numbered('</s>', *alphabet, 'at', 'Ġs', 'Ġsat'),
+    [('a', 't'), ('Ġ', 's'), ('Ġs', 'at')],
   )
   return model, pre_tokenizers.ByteLevel(add_prefix_space=False), None
 
@@ -139,3 +141,14 @@ def test_an_unknown_word_is_the_unknown_token():
   assert ids.tolist() == [2, 0, 3, 4, 5, 0, 6, 0]
   assert ours.decode(ids) == 'the cat sat on mat'
   assert ours.end_of_text == 1
+
+
+def test_the_same_text_has_the_same_ids():
+  """Dropout is for those who train on the text as it is encoded."""
+  made = library('bytes')
+  made.model.dropout = 0.5
+  ours = TokenizersJson(made.to_str().encode())
+  made.model.dropout = None
+  text = 'the cat sat on the mat ' * 9
+  wanted = made.encode(text, add_special_tokens=False).ids
+  assert [ids.tolist() for ids in ours.encode_batch([text] * 9)] == [wanted] * 9
