@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from train import errors
 from train.data import vocabulary
 
 FILE = 'tokenizer.json'
@@ -101,11 +102,25 @@ class TokenizersJson:
     return np.isin(np.arange(self.vocab_size), list(known))
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the ids of each text: uint32 (tokens,)."""
+    """Returns the ids of each text: uint32 (tokens,).
+
+    Raises:
+      UserError: a text has what the vocabulary does not know, and its unknown
+        token is the one that ends texts.
+    """
     encodings = self._tokenizer.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
-    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    encoded = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    if self._unknown == self.end_of_text:
+      for text, ids in zip(texts, encoded, strict=True):
+        if self.end_of_text in ids:
+          raise errors.UserError(
+            'the tokenizer writes its end-of-text token for what it does not'
+            f' know, as in {text[:40]!r}: name a tokenizer that tells the two'
+            ' apart'
+          )
+    return encoded
 
   def decode(self, tokens: Iterable[int]) -> str:
     """Returns the text of ids; special and unknown ones have none."""

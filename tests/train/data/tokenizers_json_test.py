@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
+from train import errors
 from train.data.tokenizers_json import END_OF_TEXT, TokenizersJson
 
 SPECIAL = ['<unk>', '[UNK]', '</s>', END_OF_TEXT, '<pad>', 'é']
@@ -152,3 +153,13 @@ def test_the_same_text_has_the_same_ids():
   text = 'the cat sat on the mat ' * 9
   wanted = made.encode(text, add_special_tokens=False).ids
   assert [ids.tolist() for ids in ours.encode_batch([text] * 9)] == [wanted] * 9
+
+
+def test_an_end_of_text_for_unknown_words_is_refused():
+  vocab = numbered(END_OF_TEXT, 'the')
+  made = tokenizers.Tokenizer(models.WordLevel(vocab, END_OF_TEXT))
+  made.add_special_tokens([END_OF_TEXT])
+  ours = TokenizersJson(made.to_str().encode())
+  assert ours.encode_batch(['the'])[0].tolist() == [1]
+  with pytest.raises(errors.UserError, match="as in 'zyzzy': name a tokenizer"):
+    ours.encode_batch(['the', 'zyzzy'])
