@@ -53,8 +53,8 @@ class DataConfig:
   batch_size: int = 16
   """Sequences in a global batch."""
   validation_fraction: float = 0.05
-  """Share of documents, chosen by a hash of their text, held out; of prepared
-  data, as prepared."""
+  """Share of documents, chosen by a hash of their text, held out; prepared data
+  have their own."""
   validation_tokens: int = 65536
   """At most this many held-out tokens are scored at each evaluation."""
   repeat: bool = True
@@ -100,7 +100,7 @@ class DataConfig:
 
 
 OF_TEXT = ('text_field', 'skip_bad', 'vocab_size', 'validation_fraction')
-"""Fields of `DataConfig` that say what is made of text, where it is read."""
+"""Fields of `DataConfig` that say how text is read, tokenized and held out."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def encoding_hint(raw: bytes) -> str:
 
 
 def document(text: str, place: Place, problems: source.Problems) -> str | None:
-  """Returns a text without a leading byte order mark; None if it is no use.
+  """Returns a text without a leading byte order mark; None if it is unusable.
 
   Raises:
     UserError: as `problems.found`.

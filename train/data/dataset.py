@@ -240,7 +240,7 @@ def _from_text(
 def _resolved(
   config: config_lib.DataConfig, found: prepared.Prepared
 ) -> config_lib.DataConfig:
-  """Sets what the data say, and checks that the windows are as asked for."""
+  """Sets the layout and the held-out share of the data; checks the windows."""
   there = found.stats
   layout = config.layout or (there.layout if config.prepared else 'stream')
   give, prepare_with = [], []

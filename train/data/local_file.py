@@ -81,12 +81,12 @@ def blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
 
 
 def check_name(path: str | pathlib.Path, option: str) -> None:
-  """Checks that the libraries of records can open what is of this name.
+  """Checks that TFDS and ArrayRecord can open a name.
 
-  Their names are UTF-8; of others, they call sound files damaged.
+  They take names as UTF-8, and report sound files of other names as damaged.
 
   Raises:
-    UserError: it is not UTF-8, or Python reads names in another encoding.
+    UserError: the name is not UTF-8, or Python reads names in another encoding.
   """
   try:
     os.fspath(path).encode()

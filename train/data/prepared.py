@@ -303,8 +303,8 @@ def open_all(
 ) -> list[Prepared]:
   """Opens directories that are to be mixed.
 
-  One share held out means one side for each text, wherever it is: of two, the
-  larger would score what the smaller trains on.
+  With one held-out fraction, a text has the same side in all of them. With two,
+  one directory would train on texts that the other scores.
 
   Raises:
     UserError: as `Prepared`; or they do not fit together.

@@ -28,9 +28,9 @@ _DEEP = re.compile(r'(?<![^/])(?:\*\*/+)*\*\*(?:/+|$)')
 def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   """Returns the files that a glob matches, sorted by path.
 
-  A file that symbolic links give several names is taken once, by the name
-  with the fewest links in it, of several the first. What is no file, as a
-  socket, is passed over. A line tells of either.
+  A file with several names, by symbolic links, is taken once: by the name with
+  the fewest links in it, and then the first. Pipes, sockets and devices are
+  left out. A warning says how many names were left out.
 
   Args:
     pattern: A glob; '**' matches any number of directories, '~' is the home.
@@ -48,8 +48,8 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   for _, name, real in sorted(_places(matches - others)):
     if files.setdefault(real, name) != name:
       again.add(name)
-  _tell(option, 'links to what has another name', again)
-  _tell(option, 'pipes, sockets or devices', others - folders)
+  _warn(option, 'links to what has another name', again)
+  _warn(option, 'pipes, sockets or devices', others - folders)
   paths = sorted(map(pathlib.Path, files.values()))
   if not paths:
     raise errors.UserError(
@@ -66,11 +66,11 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
 
 
 def _matches(pattern: str, again: set[str]) -> Iterator[str]:
-  """What a glob matches, as `glob.glob`, which ends in no loop of links.
+  """Yields what `glob.glob` matches, without following loops of links.
 
   Args:
     pattern: The glob.
-    again: Takes the links that '**' does not follow.
+    again: A set that the links which '**' does not follow are added to.
   """
   deep = _DEEP.search(pattern)
   if not deep:
@@ -84,11 +84,11 @@ def _matches(pattern: str, again: set[str]) -> Iterator[str]:
 
 
 def _folders(top: str, again: set[str]) -> Iterator[str]:
-  """A folder and all below it, each once, by the fewest links that lead there.
+  """Yields a folder and all below it, each once, by the fewest links.
 
   Args:
     top: The folder.
-    again: Takes the links that lead to a folder that has come already.
+    again: A set that links to folders which were seen before are added to.
   """
   seen = set()
   heap = [(0, top)]
@@ -110,7 +110,7 @@ def _folders(top: str, again: set[str]) -> Iterator[str]:
 
 
 def _places(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
-  """How many links there are in each name, the name, and where it leads."""
+  """Yields the number of links in each name, the name, and its real path."""
   of_folder = functools.cache(
     lambda path: (_links(path), os.path.realpath(path))
   )
@@ -127,15 +127,15 @@ def _links(path: str) -> int:
   return os.path.islink(path) + (_links(above) if above != path else 0)
 
 
-def _tell(option: str, what: str, names: Collection[str]) -> None:
-  """Says what is left out, with an example."""
+def _warn(option: str, what: str, names: Collection[str]) -> None:
+  """Warns of names that are left out, with an example."""
   if names:
     more = f' and {len(names) - 1:,} more' if len(names) > 1 else ''
     _logger.warning('%s: left out, as %s: %s%s', option, what, min(names), more)
 
 
 def _hint(pattern: str, is_folder: bool) -> str:
-  """What a pattern that matches no file should have been, perhaps."""
+  """Suggests another pattern in place of one that matches no file."""
   if is_folder:
     return f"; for all below it, give '{pattern}/**/*.txt'"
   literal = pattern.replace('[', '[[]')

@@ -22,8 +22,8 @@ ENDS = (
 )
 """Names of end-of-text tokens; the first that a vocabulary has is its own."""
 
-# A character, and a byte where the vocabulary lacks a character, have no other
-# spelling.
+# A single character, or a byte of a character that the vocabulary lacks, cannot
+# be spelled by other tokens.
 _ONLY_SPELLING = re.compile('.|<0x[0-9A-F]{2}>', re.DOTALL)
 
 
@@ -116,9 +116,8 @@ class TokenizersJson:
       for text, ids in zip(texts, encoded, strict=True):
         if self.end_of_text in ids:
           raise errors.UserError(
-            'the tokenizer writes its end-of-text token for what it does not'
-            f' know, as in {text[:40]!r}: name a tokenizer that tells the two'
-            ' apart'
+            'the tokenizer uses its end-of-text token for unknown text, as in'
+            f' {text[:40]!r}: name a tokenizer with an unknown token of its own'
           )
     return encoded
 
@@ -129,7 +128,7 @@ class TokenizersJson:
 
 
 def _unknown(model: dict[str, Any]) -> int:
-  """Returns the id of what a model does not know; -1 where it has none."""
+  """Returns the id of the unknown token; -1 where there is none."""
   found = model.get('unk_id')  # Unigram; the others have a name.
   if found is None and isinstance(model['vocab'], dict):
     found = model['vocab'].get(model.get('unk_token'))
@@ -137,10 +136,13 @@ def _unknown(model: dict[str, Any]) -> int:
 
 
 def _hide_special_tokens(file: dict[str, Any]) -> dict[str, str]:
-  """Gives special tokens names that no text has; returns these by the old.
+  """Renames special tokens, so that no text spells them.
 
-  The library makes special tokens of text that spells them where they are
-  pieces of the model as well, as T5's are.
+  Where special tokens are pieces of the model as well, as T5's are, the library
+  would make them of text that spells them.
+
+  Returns:
+    The new names by the old ones.
   """
   names = {
     token['content']: f'\uffff{token["content"]}\uffff'
