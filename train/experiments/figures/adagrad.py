@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from scipy import stats
 
-from gradpower_optax import theory
 from train import charts, plots
+from train.experiments import theory
 from train.experiments.figure_page import Section
 from train.experiments.figures.design import Design, Drawing, Request
 from train.experiments.figures.results import Results
