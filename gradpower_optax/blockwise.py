@@ -62,12 +62,12 @@ def blockwise_schedule(
   """
   if not (1 <= ratio < math.inf):
     raise ValueError(f'blockwise: a ratio must be at least 1, not {ratio}')
-  if warmup_steps < 0:
+  if not (0 <= warmup_steps < math.inf):
     raise ValueError(
-      f'blockwise: warmup_steps must not be negative, got {warmup_steps}'
+      f'blockwise: warmup_steps must be at least 0, not {warmup_steps}'
     )
-  if steps is not None and steps < 1:
-    raise ValueError(f'blockwise: steps must be at least 1, got {steps}')
+  if steps is not None and not (1 <= steps < math.inf):
+    raise ValueError(f'blockwise: steps must be at least 1, not {steps}')
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)

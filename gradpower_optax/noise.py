@@ -103,9 +103,10 @@ class Noise(NamedTuple):
     step_ratio: Mean of |g|^p over root mean square of it, relative to p = 1:
       the size at p of a step whose sign does not change. Of one part's
       gradient; see above for how far it is from that, and from a batch's.
-    power: The p of greatest u(p), within the grid; 1 where nothing can be
-      told, u(p) being within two standard errors of 0.
-    power_error: Its standard error; NaN where nothing can be told.
+    power: The p of greatest u(p), within the grid; 1 where none is best: u(p)
+      is within two standard errors of 0, or hardly changes with p, as without
+      noise.
+    power_error: Its standard error; NaN where none is best.
   """
 
   size: int
@@ -154,7 +155,8 @@ def init(params: Any, powers: Sequence[float] = (0.8, 1.0, 1.2, 1.4)) -> Stats:
     The :class:`Stats`.
 
   Raises:
-    ValueError: a power is not in (0, 3], or they are less than three.
+    ValueError: a power is not in (0, 3], or they are less than three; there
+      are no parameters, or two have one path.
   """
   grid = tuple(sorted({*map(float, powers), 1.0}))
   if not all(0 < p <= 3 for p in grid) or len(grid) < 3:
@@ -166,6 +168,8 @@ def init(params: Any, powers: Sequence[float] = (0.8, 1.0, 1.2, 1.4)) -> Stats:
     return _Tensor(jnp.float32(0), new(1)[0], new(4), sums)
 
   tensors = {name: zeros(x) for name, x in _by_name(params).items()}
+  if not tensors:
+    raise ValueError('noise: there are no parameters')
   return Stats(jnp.int32(0), tensors, grid)
 
 
@@ -198,8 +202,11 @@ def update(stats: Stats, grad: Any) -> Stats:
 
 def _by_name(tree) -> dict[str, jax.Array]:
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {name(path): jnp.asarray(x) for path, x in leaves}
+  found: dict[str, jax.Array] = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    if found.setdefault(name(path), x := jnp.asarray(x)) is not x:
+      raise ValueError(f'noise: two parameters have the path {name(path)!r}')
+  return found
 
 
 def _add(g, old, count, powers) -> _Tensor:
@@ -241,25 +248,33 @@ def summarize(
 
   Args:
     stats: Sums over at least 2 gradients.
-    eps: Adam's.
+    eps: Adam's, at least 0.
     parts: Of the batch that the optimizer sees.
     examples_per_part: The unit of the noise scale is an example if given.
-    clip_norm: Global norm that the batch's gradient is clipped to before the
-      power, which ``eps_share`` depends on.
+    clip_norm: Global norm, positive, that the batch's gradient is clipped to
+      before the power, which ``eps_share`` depends on.
 
   Returns:
     The :class:`Summary`, of Python numbers.
 
   Raises:
-    ValueError: less than 2 gradients, or parts less than 1.
+    ValueError: less than 2 gradients, or another argument is out of its range.
 
   References:
     McCandlish et al, `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018, Appendix A
   """
   count = int(stats.count)
-  if count < 2 or parts < 1:
+  if count < 2 or not 1 <= parts < math.inf:
     raise ValueError(f'noise: {count} gradients, {parts} parts: too few')
+  if not 1 <= examples_per_part < math.inf:
+    raise ValueError(
+      f'noise: examples_per_part must be at least 1, not {examples_per_part}'
+    )
+  if not 0 <= eps < math.inf:
+    raise ValueError(f'noise: eps must be finite and at least 0, not {eps}')
+  if not clip_norm > 0:
+    raise ValueError(f'noise: clip_norm must be positive, not {clip_norm}')
   every = jax.tree.map(np.float64, _reduce(stats, eps, parts, clip_norm))
   noise = lambda x: _noise(x, stats.powers, count, parts, examples_per_part)
   tensors = {
@@ -343,9 +358,10 @@ def _noise(x, powers, count, parts, examples) -> Noise:
   others = unbiased((s.sum(0) - s) / (seen.sum() - seen)[:, None])
   # The jackknife's standard error, of means over all groups but one.
   error = lambda y: np.sqrt(np.var(y, 0) * (len(y) - 1))
-  told = (mean > 2 * error(others))[np.argmax(mean)]  # NaN is not.
-  power = float(_top(powers, mean[None])[0]) if told else 1.0
-  power_error = float(error(_top(powers, others))) if told else math.nan
+  # Without noise all are 1, to within the rounding of float32. NaN is neither.
+  best = (mean > 2 * error(others))[np.argmax(mean)] and np.ptp(mean) > 1e-5
+  power = float(_top(powers, mean[None])[0]) if best else 1.0
+  power_error = float(error(_top(powers, others))) if best else math.nan
   u, upper = np.sqrt(np.maximum([mean, mean + error(others)], 0))
   small, step = x['small'].sum(0) / seen.sum(), np.sqrt(a / a[powers == 1])
   return Noise(

@@ -23,7 +23,8 @@ def _chain(
   power_eps: float,
   clip_norm: jax.typing.ArrayLike | None,
 ) -> optax.GradientTransformationExtraArgs:
-  if isinstance(clip_norm, (int, float)) and not clip_norm > 0:
+  known = not (clip_norm is None or isinstance(clip_norm, jax.core.Tracer))
+  if known and not clip_norm > 0:  # type: ignore[operator]
     raise ValueError(
       f'clip_norm must be positive, or None for no clipping, not {clip_norm}'
     )

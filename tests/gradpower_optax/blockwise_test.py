@@ -147,8 +147,12 @@ def test_sharding_is_kept(kind):
   ({'ratio': 0.5, 'warmup_steps': 1}, 'ratio must be at least 1, not 0.5'),
   ({'ratio': np.inf, 'warmup_steps': 1}, 'ratio must be at least 1, not inf'),
   ({'ratio': np.nan, 'warmup_steps': 1}, 'ratio must be at least 1, not nan'),
-  ({'ratio': 2, 'warmup_steps': -1}, 'must not be negative, got -1'),
-  ({'ratio': 2, 'warmup_steps': 1, 'steps': 0}, 'at least 1, got 0'),
+  ({'ratio': 2, 'warmup_steps': -1}, 'steps must be at least 0, not -1'),
+  ({'ratio': 2, 'warmup_steps': np.nan}, 'steps must be at least 0, not nan'),
+  ({'ratio': 2, 'warmup_steps': np.inf}, 'steps must be at least 0, not inf'),
+  ({'ratio': 2, 'warmup_steps': 1, 'steps': 0}, 'at least 1, not 0'),
+  ({'ratio': 2, 'warmup_steps': 1, 'steps': np.nan}, 'at least 1, not nan'),
+  ({'ratio': 2, 'warmup_steps': 1, 'steps': np.inf}, 'at least 1, not inf'),
 ])  # fmt: skip
 def test_says_what_is_out_of_range(arguments, words):
   with pytest.raises(ValueError, match=words):

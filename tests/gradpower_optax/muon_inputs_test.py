@@ -153,7 +153,9 @@ def test_numbers_of_one_matrix_are_not_looked_at():
   )
 
 
-@pytest.mark.parametrize('clip_norm', [0, -1.0, float('nan')])
+@pytest.mark.parametrize(
+  'clip_norm', [0, -1.0, np.nan, np.float32('nan'), jnp.zeros([])]
+)
 def test_a_norm_to_clip_at_is_positive(clip_norm):
   with pytest.raises(ValueError, match='clip_norm must be positive, or None'):
     adamw_power(1e-3, clip_norm=clip_norm)

@@ -295,6 +295,31 @@ def test_nothing_is_told_of_zeros():
   assert np.isnan(found.power_error)
 
 
+def test_without_noise_no_power_is_best():
+  g = jax.random.normal(jax.random.key(0), (20, 20))
+  same = jnp.stack([g] * 8)
+  found = noise.summarize(sums(same)).overall
+  assert found.power == 1 and np.isnan(found.power_error)
+  found = noise.summarize(
+    sums(same * (1 + 0.01 * jax.random.normal(jax.random.key(1), same.shape)))
+  ).overall
+  assert (found.power, found.power_error) == (0.8, 0)  # The least of them.
+
+
+@pytest.mark.parametrize(
+  'params', [{'a': {'b': 1.0}, 'a/b': 2.0}, [{'b/c': 1.0, 'b': {'c': 1.0}}]]
+)
+def test_paths_that_are_one_text(params):
+  with pytest.raises(ValueError, match='two parameters have the path'):
+    noise.init(params)
+
+
+@pytest.mark.parametrize('params', [{}, [], {'a': None}])
+def test_there_must_be_parameters(params):
+  with pytest.raises(ValueError, match='there are no parameters'):
+    noise.init(params)
+
+
 @pytest.mark.parametrize('powers', [(1.2,), (0, 1, 2), (1, 2, np.nan), ()])
 def test_says_which_powers_it_takes(powers):
   with pytest.raises(ValueError, match='needs three powers in'):
@@ -319,6 +344,14 @@ def test_says_what_is_too_few():
   with pytest.raises(ValueError, match='1 gradients, 1 parts: too few'):
     noise.summarize(stats)
   stats = noise.update(stats, {'w': jnp.ones(3)})
-  with pytest.raises(ValueError, match='2 gradients, 0 parts: too few'):
-    noise.summarize(stats, parts=0)
+  for parts in (0, np.nan):
+    with pytest.raises(ValueError, match=f'2 gradients, {parts} parts: too'):
+      noise.summarize(stats, parts=parts)
+  for name, value in [
+    ('eps', -1e-9), ('eps', np.nan), ('eps', np.inf), ('clip_norm', 0.0),
+    ('clip_norm', -1.0), ('clip_norm', np.nan), ('examples_per_part', 0),
+    ('examples_per_part', np.nan),
+  ]:  # fmt: skip
+    with pytest.raises(ValueError, match=f'{name} must be .*, not {value}'):
+      noise.summarize(stats, **{name: value})
   assert np.isnan(noise.summarize(stats).overall.tail)
