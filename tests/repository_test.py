@@ -63,7 +63,7 @@ def test_files_can_be_read_in_one_sitting():
   # What moves matrices between devices has a budget of its own.
   assert library.pop('orthogonalize.py') <= 200
   # And so has what no optimizer needs.
-  assert library.pop('noise.py') <= 170
+  assert library.pop('noise.py') <= 185
   assert library.pop('blockwise.py') <= 90
   assert sum(library.values()) <= 600
   for path in (ROOT / 'models').glob('*.py'):
