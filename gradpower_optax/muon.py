@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jax.sharding import AxisType, NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from gradpower_optax.orthogonalize import is_matrix, orthogonalize
@@ -20,6 +21,9 @@ ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
 # Trees of MuonDimensionNumbers, or of NamedSharding, or functions to them.
 DimensionNumbers: TypeAlias = Any | Callable[[optax.Params], Any]
 Shardings: TypeAlias = Any | Callable[[optax.Params], Any]
+# How parameters lay at init, by tree, number in it, shape and what their type
+# shows of it: an abstract mesh, as update's devices may be others.
+_Seen: TypeAlias = dict[tuple[Any, int, tuple[int, ...], Any], PartitionSpec]
 Preconditioning: TypeAlias = Literal['frobenius', 'spectral', 'aol', 'schatten']
 
 _STANDARD = (3.4445, -4.7750, 2.0315)
@@ -29,6 +33,11 @@ _DION = (  # Of Ahn et al, arXiv 2504.05295, 2025.
   (2.8366, -3.0525, 1.2012),
 )  # fmt: skip
 _PRESETS = {'standard': _STANDARD, 'dion': _DION}
+_UNKNOWN = (
+  'muon: how parameters lie on their mesh is not known where update is traced:'
+  ' matrices are gathered in every product; pass param_shardings, or call init'
+  ' outside of jit on the sharded parameters'
+)
 
 
 def muon(
@@ -94,11 +103,14 @@ def muon(
       fan_in))``.
     param_shardings: Where parameters lie: a tree of
       :class:`jax.sharding.NamedSharding` with their structure, a prefix of
-      one, or a function from parameters to one. Needed under :func:`jax.jit`
-      on a mesh of Auto axes, whose arrays do not tell: left out there, the
-      program is optax's. Where all axes are Explicit, and outside of jit, None
-      reads it off the arrays. Under :func:`optax.inject_hyperparams` name it in
-      ``static_args`` if it is a function.
+      one, or a function from parameters to one. None reads it off the arrays
+      where all axes are Explicit, and outside of :func:`jax.jit`; under jit on
+      other meshes it is where ``init`` has seen them. It must be given if that
+      was traced too, or not called, and under
+      :func:`optax.inject_hyperparams`, which makes a new Muon of each update
+      (name it in ``static_args`` if it is a function): left out there, the
+      program is optax's, and a warning says so. One
+      :class:`jax.sharding.NamedSharding` with an empty spec is for copies.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -134,10 +146,16 @@ def muon(
     ns_coeffs = _PRESETS[ns_coeffs]  # type: ignore[assignment]
   given = muon_weight_dimension_numbers
   numbers_of = functools.partial(_dimension_numbers, given)
+  seen: _Seen = {}
+  warned: list[bool] = []
 
   def labels(params):
     kinds = ['adam' if n is None else 'muon' for n in numbers_of(params)]
     return jax.tree.unflatten(jax.tree.structure(params), kinds)
+
+  def init_fn(params):
+    _see(params, seen)
+    return optaxs.init(params)
 
   def update_fn(updates, state, params=None):
     del params
@@ -152,10 +170,22 @@ def muon(
       )
     leaves, structure = jax.tree.flatten(momentum)
     numbers = numbers_of(updates)
-    places = _places(param_shardings, updates, leaves)
-    done = orthogonalize(
-      leaves, numbers, places, state.ns_coeffs, eps, ns_steps, preconditioning
+    places = _places(param_shardings, updates, leaves, seen)
+    unknown = param_shardings is None and any(
+      place is None and _may_be_split(x)
+      for x, place in zip(leaves, places, strict=True)
     )
+    if unknown and not warned:
+      warned.append(True)
+      warnings.warn(_UNKNOWN, stacklevel=2)
+    try:
+      done = orthogonalize(
+        leaves, numbers, places, state.ns_coeffs, eps, ns_steps, preconditioning
+      )
+    except Exception as error:  # On axes of both kinds JAX has its own.
+      if unknown:
+        error.add_note(_UNKNOWN)
+      raise
     if adaptive:
       done = [
         jnp.sum(x.conj() * y) * y for x, y in zip(leaves, done, strict=True)
@@ -169,7 +199,7 @@ def muon(
 
   optaxs = optax.contrib.scale_by_muon(ns_coeffs, ns_steps, mu_dtype=mu_dtype)
   of_matrices = optax.chain(
-    optax.GradientTransformation(optaxs.init, update_fn),
+    optax.GradientTransformation(init_fn, update_fn),
     optax.identity(),  # Where optax scales by shape: the state is its.
     optax.add_decayed_weights(weight_decay, weight_decay_mask),
     optax.scale_by_learning_rate(learning_rate),
@@ -209,10 +239,20 @@ def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
   return found
 
 
-def _places(given, tree, leaves) -> list[NamedSharding | None]:
+def _see(params, seen: _Seen) -> None:
+  """Remembers how arrays lie on meshes; tracers do not show it."""
+  leaves, structure = jax.tree.flatten(params)
+  for i, x in enumerate(leaves):
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    if concrete and isinstance(x.sharding, NamedSharding):
+      seen[structure, i, x.shape, jax.typeof(x).sharding] = x.sharding.spec
+
+
+def _places(given, tree, leaves, seen: _Seen) -> list[NamedSharding | None]:
   """Where each leaf lies, as far as it is known."""
   if given is None:
-    found = list(map(_known_place, leaves))
+    structure = jax.tree.structure(tree)
+    found = [_known_place(x, seen, structure, i) for i, x in enumerate(leaves)]
   else:
     found = _by_leaf(given, tree, Sharding, 'param_shardings')
   return [x if isinstance(x, NamedSharding) else None for x in found]
@@ -244,9 +284,21 @@ def _by_leaf(given, tree, kind: type, argument: str) -> list[Any]:
   return found
 
 
-def _known_place(x) -> Sharding | None:
-  """Of an array on Explicit axes from its type, outside of jit from itself."""
+def _known_place(x, seen: _Seen, structure, i: int) -> Sharding | None:
+  """Of Explicit axes from a type, outside of jit from an array, or as seen."""
   of_type = jax.typeof(x).sharding
   if {*of_type.mesh.axis_types} - {AxisType.Manual} == {AxisType.Explicit}:
     return of_type
-  return None if isinstance(x, jax.core.Tracer) else x.sharding
+  if not isinstance(x, jax.core.Tracer):
+    return x.sharding
+  spec = seen.get((structure, i, x.shape, of_type))
+  return None if spec is None else NamedSharding(of_type.mesh, spec)
+
+
+def _may_be_split(x) -> bool:
+  """Whether a compiler may be splitting a tracer over devices."""
+  mesh = jax.typeof(x).sharding.mesh
+  axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+  return isinstance(x, jax.core.Tracer) and any(
+    size > 1 and kind == AxisType.Auto for size, kind in axes
+  )
