@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -10,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from gradpower_optax.orthogonalize import is_matrix, orthogonalize
+from gradpower_optax.placement import UNKNOWN, Placements, by_leaf
 
 Scalar: TypeAlias = jax.typing.ArrayLike
 Coefficients: TypeAlias = tuple[Scalar, Scalar, Scalar]
@@ -21,9 +20,6 @@ ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
 # Trees of MuonDimensionNumbers, or of NamedSharding, or functions to them.
 DimensionNumbers: TypeAlias = Any | Callable[[optax.Params], Any]
 Shardings: TypeAlias = Any | Callable[[optax.Params], Any]
-# How parameters lay at init, by tree, number in it, shape and what their type
-# shows of it: an abstract mesh, as update's devices may be others.
-_Seen: TypeAlias = dict[tuple[Any, int, tuple[int, ...], Any], PartitionSpec]
 Preconditioning: TypeAlias = Literal['frobenius', 'spectral', 'aol', 'schatten']
 
 _STANDARD = (3.4445, -4.7750, 2.0315)
@@ -33,11 +29,6 @@ _DION = (  # Of Ahn et al, arXiv 2504.05295, 2025.
   (2.8366, -3.0525, 1.2012),
 )  # fmt: skip
 _PRESETS = {'standard': _STANDARD, 'dion': _DION}
-_UNKNOWN = (
-  'muon: how parameters lie on their mesh is not known where update is traced:'
-  ' matrices are gathered in every product; pass param_shardings, or call init'
-  ' outside of jit on the sharded parameters'
-)
 
 
 def muon(
@@ -103,14 +94,13 @@ def muon(
       fan_in))``.
     param_shardings: Where parameters lie: a tree of
       :class:`jax.sharding.NamedSharding` with their structure, a prefix of
-      one, or a function from parameters to one. None reads it off the arrays
-      where all axes are Explicit, and outside of :func:`jax.jit`; under jit on
-      other meshes it is where ``init`` has seen them. It must be given if that
-      was traced too, or not called, and under
-      :func:`optax.inject_hyperparams`, which makes a new Muon of each update
-      (name it in ``static_args`` if it is a function): left out there, the
-      program is optax's, and a warning says so. One
-      :class:`jax.sharding.NamedSharding` with an empty spec is for copies.
+      one, or a function from parameters to one; one with an empty spec is for
+      copies. None reads it off the arrays where all axes are Explicit, and
+      outside of :func:`jax.jit`. Under jit on other meshes, parameters then lie
+      where ``init`` has seen them. So name it where ``init`` is traced too or
+      not called, and under :func:`optax.inject_hyperparams`, where each update
+      has a Muon of its own (there in ``static_args`` if it is a function): the
+      program is else optax's, and a warning says so.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -146,15 +136,14 @@ def muon(
     ns_coeffs = _PRESETS[ns_coeffs]  # type: ignore[assignment]
   given = muon_weight_dimension_numbers
   numbers_of = functools.partial(_dimension_numbers, given)
-  seen: _Seen = {}
-  warned: list[bool] = []
+  placements = Placements(param_shardings)
 
   def labels(params):
     kinds = ['adam' if n is None else 'muon' for n in numbers_of(params)]
     return jax.tree.unflatten(jax.tree.structure(params), kinds)
 
   def init_fn(params):
-    _see(params, seen)
+    placements.see(params)
     return optaxs.init(params)
 
   def update_fn(updates, state, params=None):
@@ -170,21 +159,14 @@ def muon(
       )
     leaves, structure = jax.tree.flatten(momentum)
     numbers = numbers_of(updates)
-    places = _places(param_shardings, updates, leaves, seen)
-    unknown = param_shardings is None and any(
-      place is None and _may_be_split(x)
-      for x, place in zip(leaves, places, strict=True)
-    )
-    if unknown and not warned:
-      warned.append(True)
-      warnings.warn(_UNKNOWN, stacklevel=2)
+    places, unknown = placements.of(updates, leaves)
     try:
       done = orthogonalize(
         leaves, numbers, places, state.ns_coeffs, eps, ns_steps, preconditioning
       )
     except Exception as error:  # On axes of both kinds JAX has its own.
       if unknown:
-        error.add_note(_UNKNOWN)
+        error.add_note(UNKNOWN)
       raise
     if adaptive:
       done = [
@@ -227,7 +209,7 @@ def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
   if given is None:
     return [MuonDimensionNumbers() if x.ndim == 2 else None for _, x in paths]
-  found = _by_leaf(
+  found = by_leaf(
     given, tree, MuonDimensionNumbers, 'muon_weight_dimension_numbers'
   )
   for (path, x), numbers in zip(paths, found, strict=True):
@@ -237,68 +219,3 @@ def _dimension_numbers(given, tree) -> list[MuonDimensionNumbers | None]:
         f' matrix by {numbers}, which must name different dimensions of it'
       )
   return found
-
-
-def _see(params, seen: _Seen) -> None:
-  """Remembers how arrays lie on meshes; tracers do not show it."""
-  leaves, structure = jax.tree.flatten(params)
-  for i, x in enumerate(leaves):
-    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    if concrete and isinstance(x.sharding, NamedSharding):
-      seen[structure, i, x.shape, jax.typeof(x).sharding] = x.sharding.spec
-
-
-def _places(given, tree, leaves, seen: _Seen) -> list[NamedSharding | None]:
-  """Where each leaf lies, as far as it is known."""
-  if given is None:
-    structure = jax.tree.structure(tree)
-    found = [_known_place(x, seen, structure, i) for i, x in enumerate(leaves)]
-  else:
-    found = _by_leaf(given, tree, Sharding, 'param_shardings')
-  return [x if isinstance(x, NamedSharding) else None for x in found]
-
-
-def _by_leaf(given, tree, kind: type, argument: str) -> list[Any]:
-  """A tree of a kind, or a function to one, or its prefix, as one a leaf."""
-  if not jax.tree.leaves(tree):
-    return []  # Such as the placeholder that optax.tree.map_params inits with.
-  given = given(tree) if callable(given) else given
-  found: list[Any] = []
-  try:
-    jax.tree.map(
-      lambda value, part: found.extend([value] * len(jax.tree.leaves(part))),
-      given,
-      tree,
-      is_leaf=lambda x: x is None or isinstance(x, kind),
-    )
-  except ValueError as error:
-    raise ValueError(
-      f'muon: {argument} must have the structure of the parameters, or of a'
-      f' prefix, with a {kind.__name__} or None for each'
-    ) from error
-  for value in found:
-    if not isinstance(value, kind | None):
-      raise TypeError(
-        f'muon: {argument} must hold {kind.__name__} or None, not {value!r}'
-      )
-  return found
-
-
-def _known_place(x, seen: _Seen, structure, i: int) -> Sharding | None:
-  """Of Explicit axes from a type, outside of jit from an array, or as seen."""
-  of_type = jax.typeof(x).sharding
-  if {*of_type.mesh.axis_types} - {AxisType.Manual} == {AxisType.Explicit}:
-    return of_type
-  if not isinstance(x, jax.core.Tracer):
-    return x.sharding
-  spec = seen.get((structure, i, x.shape, of_type))
-  return None if spec is None else NamedSharding(of_type.mesh, spec)
-
-
-def _may_be_split(x) -> bool:
-  """Whether a compiler may be splitting a tracer over devices."""
-  mesh = jax.typeof(x).sharding.mesh
-  axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)
-  return isinstance(x, jax.core.Tracer) and any(
-    size > 1 and kind == AxisType.Auto for size, kind in axes
-  )
