@@ -152,6 +152,30 @@ def test_no_false_alarm(given):
   (tx.update if given == 'eager' else jax.jit(tx.update))(params, state, params)
 
 
+def test_where_every_axis_is_taken_nothing_is_split():
+  params, tx = on(mesh_of(), dict.fromkeys(SPECS, P())), make()
+  jax.eval_shape(
+    jax.shard_map(
+      lambda x: tx.update(x, tx.init(x), x)[0], mesh=mesh_of(), in_specs=P(),
+      out_specs=P(), check_vma=False,
+    ),
+    params,
+  )  # fmt: skip
+
+
+def test_many_copies_of_a_model_at_once():
+  """Each is of the shape that was seen."""
+  params, tx = on(mesh_of()), make()
+  state = tx.init(params)
+  both = jax.tree.map(lambda x: jnp.stack([x, -x]), params)
+  states = jax.vmap(tx.init)(both)
+  updates, _ = jax.jit(jax.vmap(tx.update))(both, states, both)
+  expected, _ = tx.update(params, state, params)
+  for sign, i in ((1, 0), (-1, 1)):
+    found = {name: sign * x[i] for name, x in updates.items()}
+    assert max(case.errors(found, expected).values()) < 2e-4
+
+
 def test_axes_of_both_kinds():
   """Seen, it is as fast; else JAX's error names what to pass."""
   mesh = mesh_of('Explicit', 'Auto')

@@ -137,11 +137,6 @@ def long_time_ratio(
 
   Raises:
     ValueError: as :func:`moments`; or mean or eps is out of its range.
-
-  Examples:
-    >>> from train.experiments import theory
-    >>> print(theory.long_time_ratio([1.0, 1.2], noise=10).round(4))
-    [0.1704 0.1776]
   """
   first, second = moments(p, noise, kind)
   at, added = _checked('mean', mean, 0), _checked('eps', eps, 0, or_zero=True)
@@ -174,12 +169,6 @@ def best_power(
 
   Raises:
     ValueError: as :func:`long_time_ratio`; or low is not below high.
-
-  Examples:
-    >>> from train.experiments import theory
-    >>> found = (theory.best_power(x, 0.1, 4) for x in (0.5, 2, 10, 100))
-    >>> print(*(power and round(power, 2) for power in found))
-    None 0.92 1.22 1.53
   """
   if not low < high:
     raise ValueError(f'theory: no powers lie between {low} and {high}')
@@ -204,11 +193,6 @@ def power_bounds(sigma: float, eps: float = _EPS) -> tuple[float, float]:
 
   Raises:
     ValueError: sigma or eps is not in that range.
-
-  Examples:
-    >>> from train.experiments import theory
-    >>> print(*(f'{bound:.2f}' for bound in theory.power_bounds(1e-4)))
-    1.33 1.76
   """
   if not 0 < sigma < 1 or not 0 < eps * np.log(1 / sigma) < 1:
     raise ValueError(
