@@ -92,15 +92,15 @@ def muon(
     consistent_rms: Scales updates by ``sqrt(max(fan_in, fan_out))`` times
       this, 0.2 to have Adam's size; None for ``sqrt(max(1, fan_out /
       fan_in))``.
-    param_shardings: Where parameters lie: a tree of
+    param_shardings: Where the parameters lie: a tree of
       :class:`jax.sharding.NamedSharding` with their structure, a prefix of
-      one, or a function from parameters to one; one with an empty spec is for
-      copies. None reads it off the arrays where all axes are Explicit, and
-      outside of :func:`jax.jit`. Under jit on other meshes, parameters then lie
-      where ``init`` has seen them. So name it where ``init`` is traced too or
-      not called, and under :func:`optax.inject_hyperparams`, where each update
-      has a Muon of its own (there in ``static_args`` if it is a function): the
-      program is else optax's, and a warning says so.
+      one, or a function from parameters to one; an empty spec means copies.
+      None takes it from the arrays where all axes are Explicit, and outside of
+      :func:`jax.jit`. Under jit on other meshes, None takes the shardings that
+      ``init`` has seen. Pass it where ``init`` is traced too or not called, and
+      under :func:`optax.inject_hyperparams`, where each update has a Muon of
+      its own (a function goes into ``static_args``). Without it the program is
+      optax's there, and a warning says so.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -164,7 +164,7 @@ def muon(
       done = orthogonalize(
         leaves, numbers, places, state.ns_coeffs, eps, ns_steps, preconditioning
       )
-    except Exception as error:  # On axes of both kinds JAX has its own.
+    except Exception as error:  # JAX raises its own on axes of both kinds.
       if unknown:
         error.add_note(UNKNOWN)
       raise

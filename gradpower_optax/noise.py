@@ -103,10 +103,10 @@ class Noise(NamedTuple):
     step_ratio: Mean of |g|^p over root mean square of it, relative to p = 1:
       the size at p of a step whose sign does not change. Of one part's
       gradient; see above for how far it is from that, and from a batch's.
-    power: The p of greatest u(p), within the grid; 1 where none is best: u(p)
-      is within two standard errors of 0, or hardly changes with p, as without
-      noise.
-    power_error: Its standard error; NaN where none is best.
+    power: The p of greatest u(p), within the grid; 1 where no p is best, since
+      u(p) is within two standard errors of 0 or, as without noise, is the same
+      at all p.
+    power_error: Its standard error; NaN where no p is best.
   """
 
   size: int
@@ -358,7 +358,7 @@ def _noise(x, powers, count, parts, examples) -> Noise:
   others = unbiased((s.sum(0) - s) / (seen.sum() - seen)[:, None])
   # The jackknife's standard error, of means over all groups but one.
   error = lambda y: np.sqrt(np.var(y, 0) * (len(y) - 1))
-  # Without noise all are 1, to within the rounding of float32. NaN is neither.
+  # Without noise all means are 1, up to float32's rounding. NaN compares false.
   best = (mean > 2 * error(others))[np.argmax(mean)] and np.ptp(mean) > 1e-5
   power = float(_top(powers, mean[None])[0]) if best else 1.0
   power_error = float(error(_top(powers, others))) if best else math.nan

@@ -1,4 +1,4 @@
-"""Where the parameters of an optimizer lie, as far as that is known."""
+"""The shardings of an optimizer's parameters, as far as they are known."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,23 +8,24 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 UNKNOWN = (
-  'muon: how parameters lie on their mesh is not known where update is traced,'
-  ' and a matrix that is split is gathered in every product: pass'
-  ' param_shardings (NamedSharding(mesh, PartitionSpec()) for copies), or call'
-  ' init outside of jit on the parameters as they lie'
+  'muon: update is traced and does not know how the parameters are sharded, so'
+  ' that a sharded matrix is gathered in every product: pass param_shardings'
+  ' (NamedSharding(mesh, PartitionSpec()) for copies), or call init outside of'
+  ' jit on the sharded parameters'
 )
 
 
 class Placements:
-  """The shardings of one Muon's parameters: given, shown by types, or seen.
+  """The shardings of one Muon's parameters: given, in their types, or seen.
 
-  The type of a traced array on Auto axes shows its mesh, but not how it lies
-  there. That is then as `init` has seen arrays of the same tree, number in it,
-  shape and type lie. No device is remembered: update's may be others.
+  The type of a traced array on Auto axes has its mesh, but not its spec. The
+  spec is then that of the array which `init` has seen at the same place in the
+  same tree, with the same shape and type. Devices are not remembered, since
+  those of `update` may be others.
 
   Args:
-    given: A tree of shardings, a prefix of one, or a function from parameters
-      to one; None for none.
+    given: A tree of shardings, a prefix of one, a function from parameters to
+      one, or None.
   """
 
   def __init__(self, given: Any):
@@ -33,7 +34,7 @@ class Placements:
     self._warned = False
 
   def see(self, params: Any) -> None:
-    """Remembers how arrays lie on meshes; tracers do not show it."""
+    """Remembers the specs of concrete arrays; tracers have none."""
     leaves, structure = jax.tree.flatten(params)
     for i, x in enumerate(leaves):
       concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
@@ -43,15 +44,15 @@ class Placements:
   def of(
     self, tree: Any, leaves: Sequence[jax.Array]
   ) -> tuple[list[NamedSharding | None], bool]:
-    """Where each leaf lies; warns once if that is not known but should be.
+    """Returns the sharding of each leaf; warns once where one is needed.
 
     Args:
       tree: Gradients.
-      leaves: What has been made of its leaves.
+      leaves: Arrays that were computed from its leaves, in their order.
 
     Returns:
-      Of each leaf its sharding or None, and whether one lacks that a compiler
-      may split over devices.
+      The sharding of each leaf or None, and whether it is None for a leaf that
+      the compiler may split over devices.
     """
     if self._given is not None:
       given = by_leaf(self._given, tree, Sharding, 'param_shardings')
@@ -82,7 +83,7 @@ def _key(structure, i: int, x):
 
 
 def _may_be_split(x) -> bool:
-  """Whether a compiler may be splitting a tracer over devices."""
+  """Whether the compiler may split a tracer over devices."""
   mesh = jax.typeof(x).sharding.mesh
   axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)
   return isinstance(x, jax.core.Tracer) and any(
@@ -91,20 +92,17 @@ def _may_be_split(x) -> bool:
 
 
 def by_leaf(given, tree, kind: type, argument: str) -> list[Any]:
-  """A tree of a kind, a prefix of one, or a function to one, leaf by leaf.
+  """Returns the value that an argument has for each leaf of a tree.
 
   Args:
-    given: It.
-    tree: What it is for.
-    kind: Of its leaves, which may also be None.
-    argument: Its name.
-
-  Returns:
-    One for each leaf of the tree.
+    given: A tree of values, a prefix of one, or a function from `tree` to one.
+    tree: The tree.
+    kind: The type of a value, which may also be None.
+    argument: The argument's name, for errors.
 
   Raises:
-    ValueError: it has another structure.
-    TypeError: it holds something else.
+    ValueError: the structure is another.
+    TypeError: a value is of another type.
   """
   if not jax.tree.leaves(tree):
     return []  # Such as the placeholder that optax.tree.map_params inits with.

@@ -25,7 +25,7 @@ set_mesh = getattr(jax, 'set_mesh', None) or jax.sharding.use_mesh
 NUMBERS = {'up': MuonDimensionNumbers(1, 2), 'norm': None}
 SPECS = {'up': P(None, 'fsdp', 'tensor'), 'norm': P()}
 TWO = {'all-to-all': 2}
-UNKNOWN = 'muon: how parameters lie .* pass param_shardings '
+UNKNOWN = 'muon: update is traced .* pass param_shardings '
 
 
 def mesh_of(*kinds, sizes=(4, 2), devices=slice(8)):

@@ -47,12 +47,12 @@ _BATCHES = 100  # Stretches of a simulation that its error is computed from.
 def moments(
   p: ArrayLike, noise: ArrayLike, kind: Kind = 'uniform'
 ) -> tuple[np.ndarray, np.ndarray]:
-  r"""First two moments of the powered gradient, in units of its mean's power.
+  r"""Computes the powered gradient's first two moments over its mean's power.
 
   Args:
     p: Powers, positive, of any shape.
-    noise: Noise over the mean, positive, of a shape that goes with p's.
-    kind: Of the noise; see the module.
+    noise: Noise over the mean, positive, of a shape that broadcasts with p's.
+    kind: The noise's distribution; see the module.
 
   Returns:
     :math:`E \varphi_p(g / \mu)` and :math:`E \varphi_p(g / \mu)^2` in float64,
@@ -121,19 +121,19 @@ def long_time_ratio(
   eps: float = _EPS,
   kind: Kind = 'uniform',
 ) -> np.ndarray:
-  r"""What Adam's update is where its averages are over infinitely many steps.
+  r"""Computes Adam's update where its averages are over infinitely many steps.
 
   .. math:: E \varphi_p(g) \,/\, (\sqrt{E \varphi_p(g)^2} + \epsilon)
 
   Args:
     p: As in :func:`moments`.
-    noise: Likewise.
-    mean: Of the gradients, mu, positive.
+    noise: As in :func:`moments`.
+    mean: Mean gradient, mu, positive.
     eps: Adam's, at least 0.
     kind: As in :func:`moments`.
 
   Returns:
-    The ratio, below 1, of the shape of p and noise together, in float64.
+    The ratio, below 1, of the broadcast shape of p and noise, in float64.
 
   Raises:
     ValueError: as :func:`moments`; or mean or eps is out of its range.
@@ -152,7 +152,7 @@ def best_power(
   eps: float = _EPS,
   kind: Kind = 'uniform',
 ) -> float | None:
-  """The power of the greatest long-time ratio, if it lies between two others.
+  """Finds the power of the greatest long-time ratio between two ends.
 
   Args:
     noise: As in :func:`moments`, a number.
@@ -163,9 +163,9 @@ def best_power(
     kind: Likewise.
 
   Returns:
-    The power, to 0.001 if high is at most 30. None if it is low or high, beyond
-    which there may be a better one. At uniform noise below 1 it is low: no sign
-    changes, and the less power, the less does the size.
+    The power, to 0.001 if high is at most 30. None if it is low or high: a
+    better one may lie beyond. At uniform noise below 1 it is low: signs do not
+    change, and sizes change less the lower the power.
 
   Raises:
     ValueError: as :func:`long_time_ratio`; or low is not below high.
@@ -182,7 +182,7 @@ def best_power(
 
 
 def power_bounds(sigma: float, eps: float = _EPS) -> tuple[float, float]:
-  """The paper's bounds of the best power, for sigma far above the mean.
+  """Returns the paper's bounds of the best power, for sigma far above the mean.
 
   Args:
     sigma: Half the width of uniform noise, far below 1, not over the mean.
@@ -385,7 +385,7 @@ def adagrad_power_gaps(
 
 
 def fitted_rate(steps: np.ndarray, gaps: np.ndarray) -> tuple[float, float]:
-  """The exponent r of gaps that go as T^-r, fitted to their logarithms.
+  """Fits the exponent r of gaps that fall as T^-r, to their logarithms.
 
   Args:
     steps: T, positive and different, of shape [K], at least 2 of them.
@@ -395,7 +395,7 @@ def fitted_rate(steps: np.ndarray, gaps: np.ndarray) -> tuple[float, float]:
     The mean of the repeats' exponents, and its standard error.
 
   Raises:
-    ValueError: they are not that.
+    ValueError: steps or gaps are not as above.
   """
   T_K, gap_RK = _checked('steps', steps, 1), _checked('gaps', gaps, 2)
   repeats, points = gap_RK.shape
