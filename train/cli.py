@@ -227,7 +227,10 @@ def path(text: str) -> pathlib.Path:
 def place(text: str) -> epath.Path:
   """A path on a disk, or an address in an object store, 'gs://...'."""
   if '://' not in text:
-    return epath.Path(path(text))
+    found = epath.Path(path(text))
+    if storage.is_local(found):
+      return found
+    raise argparse.ArgumentTypeError(f'{text!r} would be read as {found}')
   try:
     return storage.directory(text)
   except UserError as error:

@@ -20,6 +20,7 @@ from train import (
   kept_programs,
   noise,
   statistics,
+  step_dirs,
 )
 from train import step as step_lib
 from train.checkpoint import Checkpoints
@@ -104,6 +105,7 @@ def run(
   kept_programs.keep()
   allocator.keep_memory()
   with distributed.together(distributed.PREPARING):
+    step_dirs.absolute(run_dir)  # Or no checkpoint could be there.
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     if watch and watch.noise:

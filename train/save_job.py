@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from train import manifest, state_files, step_dirs
@@ -66,6 +67,7 @@ class SaveJob:
     self._begun = time.monotonic()
     self._thread: threading.Thread | None = None
     self._lost: LostError | None = None
+    self._shapes: Any = None  # Of what is saved, and dtypes.
     self._limit = manifest.seconds(size)
     self._talk = Agreement(
       lambda error: step_dirs.explain(error, directory, 'write'), self._limit
@@ -91,6 +93,7 @@ class SaveJob:
     except SharedError as error:
       ended(self._failed(error))
       return
+    self._shapes = jax.eval_shape(lambda x: x, state)
     writer = state_files.Writer(self._talk, self._limit)
     writer.start(self._directory / str(self._step), state)
     # A program that is to end at once does not wait for it.
@@ -159,9 +162,11 @@ class SaveJob:
 
     def write():
       files = {name: entry for part in parts for name, entry in part.items()}
+      sizes = {name: entry['bytes'] for name, entry in files.items()}
+      state_files.check(directory, self._shapes, sizes)
       self._confirm()
       manifest.write(directory, self._step, files, self._loss, self._facts)
-      return self._seconds(), sum(entry['bytes'] for entry in files.values())
+      return self._seconds(), sum(sizes.values())
 
     seconds, size = meet('writing the manifest', lambda: in_main(write))[0]
     return seconds, size

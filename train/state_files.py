@@ -1,17 +1,24 @@
 """A train state as Orbax's files."""
 
+import collections
 import functools
+import glob
 import logging
+import math
 import sys
 import threading
+import urllib.parse
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
+from etils.epath import gpath
 
-from train import distributed
+from train import distributed, step_dirs
 from train.agreement import Agreement, LostError, SharedError
 
 MISFITS = (ValueError, KeyError, TypeError, OSError)
@@ -53,7 +60,7 @@ class Writer:
     # Threads that a daemon begins, Orbax's here, are daemons: a program that
     # is to end at once does not wait for them.
     thread = threading.Thread(
-      target=self._start, args=(directory, state), daemon=True
+      target=self._start, args=(_Literal(directory), state), daemon=True
     )
     thread.start()
     thread.join()
@@ -83,6 +90,75 @@ class Writer:
       )
     except Exception as error:
       self._failure = error
+
+
+class _Literal(gpath.PosixGPath):
+  """A path whose `glob` takes no character of the path itself for a pattern.
+
+  Orbax finds with it what each process has written.
+  """
+
+  def glob(self, pattern: str) -> Iterator['_Literal']:
+    return super(_Literal, self._new(glob.escape(str(self)))).glob(pattern)
+
+
+def check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
+  """Makes sure that `read` finds all of a state; reads none of its data.
+
+  Args:
+    directory: As Orbax has committed it.
+    state: What was saved, or its shapes and dtypes.
+    sizes: Bytes of each file below the directory.
+
+  Raises:
+    ValueError: it does not, in one line.
+  """
+  try:
+    _check(directory, state, sizes)
+  except Exception as error:
+    raise ValueError(
+      f'what was written could not be restored ({step_dirs.first(error)})'
+    ) from error
+
+
+def _check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
+  # Opens each array.
+  stored = ocp.tree.to_flat_dict(_handler().metadata(directory).tree)
+  scheme, _, place = str(directory).rpartition('://')
+  base = f'{scheme or "file"}://{urllib.parse.quote(place)}/'
+  chunks: collections.Counter[str] = collections.Counter()
+  for key, value in _entries(ts.KvStore.open(base).result()):
+    chunks[key.rpartition('/')[0]] += 1
+    if value:
+      *_, folder, name, start, length = value.split(':')
+      if sizes.get(folder + name, 0) < int(start) + int(length):
+        raise ValueError(f'{folder + name} is missing or cut off')
+  for path, x in ocp.tree.to_flat_dict(state).items():
+    name = '.'.join(path)
+    if (found := stored.get(path)) is None:
+      raise ValueError(f'{name} is missing')
+    if x.size and (found.shape, found.dtype) != (x.shape, x.dtype):
+      raise ValueError(f'{name} is {found.dtype}{list(found.shape)}')
+    chunk = found.storage.chunk_shape if x.size else ()
+    parts = math.prod(-(-n // m) for n, m in zip(found.shape, chunk))
+    if chunks[name] != 1 + parts:  # With the array's own metadata.
+      raise ValueError(f'{name} lacks data')
+
+
+def _entries(
+  base: ts.KvStore, node: str = '', prefix: bytes = b''
+) -> Iterator[tuple[str, str]]:
+  """Keys of an OCDBT store, each with where its value is, if in a file."""
+  if not node:
+    node = ts.ocdbt.dump(base).result()['versions'][-1]['root']['location']
+  found = ts.ocdbt.dump(base, node).result()
+  for entry in found['entries']:
+    if found['height']:
+      below = prefix + entry['subtree_common_prefix']
+      yield from _entries(base, entry['location'], below)
+    else:
+      key = (prefix + entry['key']).decode()
+      yield key, entry.get('indirect_value', '')
 
 
 def read(directory: epath.Path, abstract_state: Any) -> Any:
@@ -162,9 +238,14 @@ def _with_empty(stored: Any, abstract_tree: Any) -> Any:
 
 @functools.cache
 def quiet() -> None:
-  """Keeps tracebacks off the terminal of failures that are raised as well."""
-  for name in ('absl', 'asyncio'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+  """Keeps tracebacks off the terminal of failures that are raised as well.
+
+  What Orbax only warns of, `check` finds.
+  """
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  logging.getLogger('absl').addFilter(
+    lambda record: '/orbax/' not in record.pathname
+  )
   report = sys.unraisablehook
 
   def report_others(failure):

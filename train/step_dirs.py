@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import time
 
 from etils import epath
@@ -15,10 +16,32 @@ TEMPORARY = '.orbax-checkpoint-tmp'
 """Ends a directory's name on a disk until Orbax has committed it."""
 
 
+# What TensorStore, Orbax, epath or gcsfs take for something else: a backslash is
+# a slash, '.__lock' a lock's end, '/gs' a store's name, '?' the end of a path.
+_MISREAD = re.compile(
+  r'\\|\.__lock(?=/)|gs:(?=/)|^/(gs|s3|az|hf)(?=/)|[\ud800-\udfff]'
+)
+_MISREAD_IN_STORES = re.compile(r'[][*?#\\\x00-\x1f\x7f]')
+
+
 def absolute(directory: epath.PathLike) -> epath.Path:
-  """As Orbax wants it."""
-  path = epath.Path(directory)
-  return path.absolute() if storage.is_local(path) else path
+  """As Orbax wants it.
+
+  Raises:
+    UserError: checkpoints could not be written there, or would be elsewhere.
+  """
+  path, misread = os.fspath(directory), _MISREAD_IN_STORES
+  if storage.is_local(path):
+    # Orbax drops '..' and what is before it, which may be a link.
+    up = '..' in path.split('/')
+    path = os.path.realpath(path) if up else os.path.abspath(path)
+    misread = _MISREAD
+  if found := misread.search(f'{path}/'):
+    raise UserError(
+      f'{path!r} cannot hold checkpoints: name it, and what is above it, '
+      f'without {found[0]!r}'
+    )
+  return epath.Path(path)
 
 
 def present(directory: epath.Path) -> list[tuple[int, bool]]:

@@ -18,6 +18,7 @@ TOPOLOGIES = (
 ANOTHER = (
   'name another --run-dir, or give the options of that run to continue it'
 )
+MISREAD = 'cannot hold checkpoints: name it, and what is above it, without'
 
 TABLE = [
   # No command, or none that there is.
@@ -42,6 +43,16 @@ TABLE = [
   ('run demo --run-dir s3://bucket/run', 'argument --run-dir: '
    's3://bucket/run: a run directory is on a local disk, or gs://BUCKET/PATH '
    '(see python -m train run --help)'),
+  ('run demo --run-dir /a\\b --data.files NEW', rf"'/a\\b' {MISREAD} '\\'"),
+  ('demo --run-dir /a.__lock/b --data.files NEW',
+   f"'/a.__lock/b/adamw' {MISREAD} '.__lock'"),
+  ('compare demo --arm a:lr=1 --arm b:lr=2 --out /a\\b --data.files NEW',
+   rf"'/a\\b' {MISREAD} '\\'"),
+  ('sweep demo --grid lr=1,2 --out /a\\b --data.files NEW',
+   rf"'/a\\b' {MISREAD} '\\'"),
+  ('figure 3 --out /gs/b', f"'/gs/b' {MISREAD} '/gs'"),
+  ('run demo --run-dir /gs/b/run', "argument --run-dir: '/gs/b/run' would be "
+   'read as gs://b/run (see python -m train run --help)'),
   ('run demo --run-dir gs://bucket', 'argument --run-dir: gs://bucket names no '
    'directory in a bucket: gs://BUCKET/PATH (see python -m train run --help)'),
   ('run demo --run-dir RUN TINY --steps 8', 'RUN holds a run of another '

@@ -3,7 +3,9 @@
 import errno
 import gc
 import json
+import logging
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train import manifest, retention, state_files, step_dirs
@@ -137,6 +139,162 @@ def test_the_manifest_tells_of_the_run(checkpoints, directory):
   assert content['files'].keys() == on_disk - {'manifest.json'}
 
 
+# What a shell, a pattern, an address, a format or TensorStore reads.
+CHARACTERS = r"""[]*?!{}~%#&@=+,;:|<>"'`$()^- ._\\aZ0""" + '\t\n\x7fé\u2028😀'
+NAME = st.text(st.sampled_from(CHARACTERS), min_size=1, max_size=12)
+EVERY = ''.join(chr(i) for i in range(1, 128) if chr(i) not in '/\\')
+
+
+@settings(max_examples=5)
+@given(st.lists(NAME, min_size=1, max_size=3))
+@example([EVERY])
+@example(['[!a]', '[b-c]', '**'])
+@example(['a[', ']', '%2F', '~', '*'])
+@example(['é' * 127, 'x' * 255])
+def test_a_path_can_be_restored_or_is_refused(tmp_path_factory, names):
+  directory = tmp_path_factory.mktemp('run').joinpath(*names)
+  try:
+    checkpoints = opened(directory)
+  except UserError as error:
+    assert 'cannot hold checkpoints' in str(error)
+    assert '\\' in str(directory) or '..' in names
+    return
+  save(checkpoints, 1)
+  assert (directory / '1' / 'manifest.ocdbt').exists()
+  assert_same(opened(directory).restore(abstract(state(0))).state, state(1))
+  assert_same(restore_params(directory, wanted()), state(1)['params'])
+
+
+@pytest.mark.parametrize(
+  ('path', 'found'),
+  [
+    (r'/runs/a\b', r'\\'),
+    ('/a\\/run', r'\\'),
+    ('/runs/a.__lock', '.__lock'),
+    ('/a.__lock/run', '.__lock'),
+    ('/runs/logs:', 'gs:'),
+    ('/gs/bucket/run', '/gs'),
+    ('/hf/../s3/run', '/s3'),
+    ('/runs/\udcff', r'\udcff'),
+    ('gs://bucket/lr[1]', '['),
+    ('gs://bucket/runs*/run', '*'),
+    ('gs://bucket/run?', '?'),
+    ('gs://bucket/run#1', '#'),
+    ('gs://bucket/a\nb', r'\n'),
+  ],
+)
+def test_a_path_that_others_misread_is_refused(path, found):
+  with pytest.raises(UserError) as error:
+    step_dirs.absolute(pathlib.PurePosixPath(path) if path[0] == '/' else path)
+  assert str(error.value).endswith(f"what is above it, without '{found}'")
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'path', ['/runs/gs', '/gsx/run', '/a__lock/b.__locks', '/a:b', 'gs://b/a;b=%']
+)
+def test_a_path_that_reads_alike_is_not_refused(path):
+  assert str(step_dirs.absolute(path)) == path
+
+
+def test_a_link_is_followed_before_the_parent_is_taken(tmp_path):
+  (tmp_path / 'far' / 'off').mkdir(parents=True)
+  (tmp_path / 'link').symlink_to(tmp_path / 'far' / 'off')
+  save(opened(tmp_path / 'link' / '..' / 'run'), 1)
+  assert (tmp_path / 'far' / 'run' / '1' / 'manifest.ocdbt').exists()
+  assert not (tmp_path / 'run').exists()
+
+
+def writes_nothing(patch):
+  async def serialize(*_, **__):
+    return []
+
+  patch.setattr(ocp.type_handlers.ArrayHandler, 'serialize', serialize)
+
+
+def skips_the_merge(patch):
+  patch.setattr(
+    ocp.PyTreeCheckpointHandler, 'finalize', lambda *_, **__: None
+  )
+
+
+def loses(pattern):
+  """What Orbax has committed, before anything looks at it."""
+
+  def prepare(patch):
+    def list_files(directory):
+      for path in pathlib.Path(directory).glob(pattern):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+      return listed(directory)
+
+    listed = manifest.list_files
+    patch.setattr(manifest, 'list_files', list_files)
+
+  return prepare
+
+
+@pytest.mark.parametrize(
+  'fault',
+  [
+    writes_nothing,
+    skips_the_merge,
+    loses('manifest.ocdbt'),
+    loses('_METADATA'),
+    loses('d'),
+    loses('ocdbt.process_0/d'),
+    loses('*'),
+  ],
+)
+def test_a_save_that_cannot_be_restored_is_none(
+  checkpoints, directory, monkeypatch, fault
+):
+  save(checkpoints, 1)
+  with monkeypatch.context() as patch:
+    fault(patch)
+    checkpoints.save(2, state(2, width=4000))  # Not all beside its keys.
+    [outcome] = checkpoints.wait()
+  assert (outcome.step, outcome.bytes) == (2, 0)
+  assert outcome.error.startswith(
+    f'cannot write {directory}: what was written could not be restored ('
+  )
+  assert '\n' not in outcome.error
+  assert {path.name for path in directory.iterdir()} == {'1'}
+  save(checkpoints, 2)
+  assert checkpoints.restore(abstract(state(0))).step == 2
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda tree: {**tree, 'loss': tree['step']}, 'loss is missing'),
+    (lambda tree: {**tree, 'step': jnp.zeros(2, jnp.int32)}, r'step is int32\['),
+    (lambda tree: {**tree, 'step': jnp.float32(2)}, r'step is int32\['),
+  ],
+)
+def test_each_array_is_looked_for(checkpoints, directory, change, message):
+  save(checkpoints, 1)
+  path = epath.Path(directory / '1')
+  sizes = {
+    name: (path / name).stat().length for name in manifest.list_files(path)
+  }
+  state_files.check(path, state(1), sizes)
+  with pytest.raises(ValueError, match=message):
+    state_files.check(path, change(state(1)), sizes)
+
+
+def test_a_part_that_is_not_merged_is_missed(
+  checkpoints, directory, monkeypatch
+):
+  """As of a process whose directory is not listed yet."""
+  entries = state_files._entries
+  monkeypatch.setattr(
+    state_files, '_entries', lambda store: list(entries(store))[:-1]
+  )
+  checkpoints.save(1, state(1))
+  [outcome] = checkpoints.wait()
+  assert 'could not be restored (step lacks data)' in outcome.error
+
+
 def test_a_save_does_not_wait_for_its_end(checkpoints, monkeypatch):
   go_on = threading.Event()
   digests = manifest.digests
@@ -183,7 +341,7 @@ def test_the_last_and_the_best_are_kept(checkpoints, directory):
   assert {path.name for path in directory.iterdir()} == {'35', '40'}
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
   saves=st.dictionaries(
     st.integers(1, 30), st.none() | st.sampled_from([1.0, 2.0]), min_size=1,
@@ -768,6 +926,17 @@ def test_other_parameters_are_refused_in_one_line(saved, change):
 )  # fmt: skip
 def test_failures_become_one_line(error, words):
   assert step_dirs.explain(error, epath.Path('/there'), 'write') == words
+
+
+def test_only_what_orbax_logs_is_hidden(caplog):
+  state_files.quiet()
+  for place in ('/orbax/checkpoint/x.py', '/tensorflow_datasets/x.py'):
+    record = logging.LogRecord(
+      'absl', logging.WARNING, f'/lib{place}', 1, place, None, None
+    )
+    logging.getLogger('absl').handle(record)
+  assert 'tensorflow_datasets' in caplog.text
+  assert 'orbax' not in caplog.text
 
 
 def test_late_failures_of_a_save_are_not_printed(monkeypatch):

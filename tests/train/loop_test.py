@@ -178,7 +178,7 @@ def wait_for_lines(process, run_dir, count):
 def test_stopping_leaves_no_trace(main, tiny, tmp_path, read_metrics, numbers,
                                   capsys):  # fmt: skip
   """In this process, on eight devices; evaluations at 8, 16, 24."""
-  run_dir = tmp_path / 'run'
+  run_dir = tmp_path / 'lr[1]' / '%2F*'
   command = ['run', 'demo', '--run-dir', run_dir, *tiny]
 
   def events():

@@ -38,13 +38,13 @@ MODELS = {
 @pytest.fixture
 def run_dir(trained, tmp_path):
   """A copy, to damage."""
-  return shutil.copytree(trained, tmp_path / 'run')
+  return shutil.copytree(trained, tmp_path / 'lr[2]')
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, tiny, data_cache, kept_programs):
   """A run on all devices, its layers scanned; steps 20 and 24 are kept."""
-  run_dir = tmp_path_factory.mktemp('trained') / 'run'
+  run_dir = tmp_path_factory.mktemp('trained') / 'lr[1],**?'
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('GRADPOWER_CACHE', str(data_cache))
     assert entry.main([

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from train import step_dirs
 from train.errors import UserError
 
 COMPARISON, SWEEP = 'a comparison', 'a sweep'
@@ -15,15 +16,16 @@ def figure(name: str) -> str:
 
 
 def check(out: pathlib.Path, kind: str) -> None:
-  """Refuses a directory that holds another kind of experiment.
+  """Refuses a directory of another kind of experiment, or unfit for runs.
 
   Args:
     out: Where results.json and report.html go; it need not exist.
     kind: `COMPARISON`, `SWEEP`, or a `figure`.
 
   Raises:
-    UserError: it holds another.
+    UserError: it holds another, or cannot hold checkpoints.
   """
+  step_dirs.absolute(out)
   held = _held(out)
   if held not in ('', kind):
     raise UserError(
