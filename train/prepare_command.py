@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
   Raises:
     UserError: as `train.data.prepare.prepare`, or what reads the options.
   """
-  from train.data import prepare, tokenizer
+  from train.data import mixture, prepare, tokenizer
   from train.data import source as source_lib
   from train.data.prepare import progress
 
@@ -124,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
     raise errors.UserError('--tfds-split needs --tfds')
   if options.text_field is not None and options.corpus is not None:
     raise errors.UserError('--text-field does not go with --corpus')
+  if not mixture.is_name(str(options.out)):
+    raise errors.UserError(f'--out {str(options.out)!r}: {mixture.UNREADABLE}')
   begun = time.monotonic()
   shown = progress.Shown()
   try:

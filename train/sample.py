@@ -13,7 +13,7 @@ from flax import nnx
 
 from models import families, huggingface, sharding
 from models.decoder import Decoder, unstacked
-from train import checkpoint, config
+from train import checkpoint, config, storage
 from train.data.prompt import PromptTokenizer, TextStream, read_json
 from train.errors import UserError
 from train.generate import generate
@@ -185,7 +185,9 @@ def _neither(folder: pathlib.Path) -> str:
     f'{folder} is neither a run directory nor a Hugging Face folder: its '
     'config.json is missing or of something else'
   )
-  runs = sorted(str(path.parent) for path in folder.glob('*/config.json'))
+  runs = sorted(
+    str(path.parent) for path in storage.matches(folder, '*/config.json')
+  )
   return f'{message}; did you mean {" or ".join(runs)}?' if runs else message
 
 

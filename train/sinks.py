@@ -132,7 +132,9 @@ class TensorBoard:
       directory.mkdir(parents=True, exist_ok=True)
       # Its names hold whole seconds, and a run may start again within one.
       suffix = f'.{time.time_ns()}'
-      self._writer = files.EventsWriter(str(directory / 'events'), suffix)
+      # Of a relative 's3:x' it would take what is before the colon for a store.
+      place = str(directory.absolute() / 'events')
+      self._writer = files.EventsWriter(place, suffix)
       # Readers drop what an earlier file has of later steps.
       start = self._event.SessionLog(status=self._event.SessionLog.START)
       self._write(step=step + 1, wall_time=time.time(), session_log=start)

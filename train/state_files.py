@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import glob
 import logging
 import math
 import sys
@@ -18,7 +17,7 @@ import tensorstore as ts
 from etils import epath
 from etils.epath import gpath
 
-from train import distributed, step_dirs
+from train import distributed, step_dirs, storage
 from train.agreement import Agreement, LostError, SharedError
 
 MISFITS = (ValueError, KeyError, TypeError, OSError)
@@ -93,13 +92,10 @@ class Writer:
 
 
 class _Literal(gpath.PosixGPath):
-  """A path whose `glob` takes no character of the path itself for a pattern.
+  """A path with brackets, say: Orbax finds what is in it by a glob."""
 
-  Orbax finds with it what each process has written.
-  """
-
-  def glob(self, pattern: str) -> Iterator['_Literal']:
-    return super(_Literal, self._new(glob.escape(str(self)))).glob(pattern)
+  def glob(self, pattern: str) -> Iterator[epath.Path]:
+    return storage.matches(self, pattern)
 
 
 def check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
@@ -139,8 +135,9 @@ def _check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
       raise ValueError(f'{name} is missing')
     if x.size and (found.shape, found.dtype) != (x.shape, x.dtype):
       raise ValueError(f'{name} is {found.dtype}{list(found.shape)}')
+    # A number in the place of one without elements has a shape of ().
     chunk = found.storage.chunk_shape if x.size else ()
-    parts = math.prod(-(-n // m) for n, m in zip(found.shape, chunk))
+    parts = math.prod(map(lambda n, m: -(-n // m), found.shape, chunk))
     if chunks[name] != 1 + parts:  # With the array's own metadata.
       raise ValueError(f'{name} lacks data')
 

@@ -16,8 +16,8 @@ TEMPORARY = '.orbax-checkpoint-tmp'
 """Ends a directory's name on a disk until Orbax has committed it."""
 
 
-# What TensorStore, Orbax, epath or gcsfs take for something else: a backslash is
-# a slash, '.__lock' a lock's end, '/gs' a store's name, '?' the end of a path.
+# What TensorStore, Orbax, epath or gcsfs take for something else: a backslash
+# for a slash, '.__lock' for its own, '/gs' for 'gs://', '?' for a path's end.
 _MISREAD = re.compile(
   r'\\|\.__lock(?=/)|gs:(?=/)|^/(gs|s3|az|hf)(?=/)|[\ud800-\udfff]'
 )

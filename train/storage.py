@@ -6,11 +6,13 @@ nothing is appended to, renamed, or made only where it was not there before.
 
 import errno
 import functools
+import glob
 import importlib.util
 import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -54,6 +56,11 @@ def directory(text: str) -> epath.Path:
 def is_local(path: epath.PathLike) -> bool:
   """Whether a path is on a disk, which may be a network's."""
   return '://' not in os.fspath(path)
+
+
+def matches(directory: epath.PathLike, pattern: str) -> Iterator[epath.Path]:
+  """What a glob finds below a directory, whose own name is none."""
+  return epath.Path(glob.escape(os.fspath(directory))).glob(pattern)
 
 
 def write_atomically(path: Any, content: str | bytes) -> None:

@@ -48,7 +48,7 @@ TABLE = [
    f"'/a.__lock/b/adamw' {MISREAD} '.__lock'"),
   ('compare demo --arm a:lr=1 --arm b:lr=2 --out /a\\b --data.files NEW',
    rf"'/a\\b' {MISREAD} '\\'"),
-  ('sweep demo --grid lr=1,2 --out /a\\b --data.files NEW',
+  ('sweep demo --over lr=1,2 --out /a\\b --data.files NEW',
    rf"'/a\\b' {MISREAD} '\\'"),
   ('figure 3 --out /gs/b', f"'/gs/b' {MISREAD} '/gs'"),
   ('run demo --run-dir /gs/b/run', "argument --run-dir: '/gs/b/run' would be "
@@ -224,4 +224,7 @@ def test_the_answer_is_one_line(told, places, line, answer):
 def test_there_are_enough_of_every_command():
   commands = [line.split()[0] for line, _ in TABLE if line]
   assert len(TABLE) >= 40
-  assert {*commands} == {'run', 'demo', 'report', 'sample', 'recipes', 'aot'}
+  assert {*commands} == {
+    'run', 'demo', 'compare', 'sweep', 'figure', 'report', 'sample', 'recipes',
+    'aot',
+  }  # fmt: skip

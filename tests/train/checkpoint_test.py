@@ -213,9 +213,7 @@ def writes_nothing(patch):
 
 
 def skips_the_merge(patch):
-  patch.setattr(
-    ocp.PyTreeCheckpointHandler, 'finalize', lambda *_, **__: None
-  )
+  patch.setattr(ocp.PyTreeCheckpointHandler, 'finalize', lambda *_, **__: None)
 
 
 def loses(pattern):
@@ -267,7 +265,10 @@ def test_a_save_that_cannot_be_restored_is_none(
   ('change', 'message'),
   [
     (lambda tree: {**tree, 'loss': tree['step']}, 'loss is missing'),
-    (lambda tree: {**tree, 'step': jnp.zeros(2, jnp.int32)}, r'step is int32\['),
+    (
+      lambda tree: {**tree, 'step': jnp.zeros(2, jnp.int32)},
+      r'step is int32\[',
+    ),
     (lambda tree: {**tree, 'step': jnp.float32(2)}, r'step is int32\['),
   ],
 )

@@ -56,7 +56,7 @@ def tiny(text_files):
 @pytest.fixture(scope='session')
 def data_cache(tmp_path_factory):
   """Tokens of all tests here."""
-  return tmp_path_factory.mktemp('cache')
+  return tmp_path_factory.mktemp('cache[1],@2*')
 
 
 @pytest.fixture(autouse=True)

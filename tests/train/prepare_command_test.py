@@ -47,7 +47,7 @@ def run(*arguments):
 
 
 def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
-  out = tmp_path / "ada's"
+  out = tmp_path / "ada's[1]@2*"
   assert run(*command(corpus, out, '--skip-bad', '--workers', 1)) == 0
   made = stats.Stats.from_json((out / stats.FILE).read_text())
   assert made.skipped == {'field': 1, 'json': 1}
@@ -62,7 +62,7 @@ def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
   assert said[-3].endswith('M tokens a second')
   assert '\n'.join(said[-2:]) == (
     'train on it: python -m train run RECIPE --run-dir runs/NAME'
-    f" --data.prepared '{tmp_path}/ada'\"'\"'s' \\\n"
+    f" --data.prepared '{tmp_path}/ada'\"'\"'s[1]@2*' \\\n"
     '  --data.layout stream --data.sequence_length 16 --model.vocab_size 0'
   )
   assert [m for m in caplog.messages if '3.jsonl, line 2' in m]
@@ -79,6 +79,19 @@ def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
   capsys.readouterr()
   assert run(*command(corpus, out, '--skip-bad', '--workers', 1)) == 0
   assert 'a second' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'name', ['a,b', 'a=3', 'a;b', 'a ', '\n', 'lang=en,', 'x=1e-3']
+)
+def test_a_name_to_train_on_is_one_that_is_read(corpus, tmp_path, name):
+  out = tmp_path / name
+  with pytest.raises(
+    errors.UserError, match=r'--out .*: name it otherwise$'
+  ) as error:
+    run(*command(corpus, out))
+  assert '\n' not in str(error.value)
+  assert not out.exists()
 
 
 def summary_of(**values):

@@ -44,7 +44,7 @@ def run_dir(trained, tmp_path):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, tiny, data_cache, kept_programs):
   """A run on all devices, its layers scanned; steps 20 and 24 are kept."""
-  run_dir = tmp_path_factory.mktemp('trained') / 'lr[1],**?'
+  run_dir = tmp_path_factory.mktemp('[1]**') / 'lr[1],**?'
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('GRADPOWER_CACHE', str(data_cache))
     assert entry.main([

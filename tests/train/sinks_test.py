@@ -1,4 +1,5 @@
 import errno
+import pathlib
 import struct
 import sys
 import threading
@@ -197,6 +198,15 @@ def test_tensorboard_gets_each_number(tensorboard_x, open_sinks, tmp_path):
   assert start.step == 1
   assert event.step == 3 and event.wall_time == 1.7e9
   assert {v.tag: v.simple_value for v in event.summary.value} == _VALUES
+
+
+def test_a_relative_directory_is_none_of_a_store(
+  tensorboard_x, open_sinks, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  open_sinks(tensorboard=True, directory=pathlib.Path('s3:run')).close()
+  assert open_sinks.said == []
+  assert list((tmp_path / 's3:run' / 'tensorboard').iterdir())
 
 
 def test_what_is_done_again_is_dropped(tensorboard_x, open_sinks, tmp_path):

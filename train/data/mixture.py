@@ -10,6 +10,11 @@ from train.data import order
 _STAGE = re.compile(r'(\d+):')
 _WEIGHT = re.compile(r'(.*)=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)', re.DOTALL)
 
+UNREADABLE = (
+  "a directory to train on has no ',', no ';' and no space at an end in its "
+  "name, no '=' before a number, no number before ':': name it otherwise"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -44,8 +49,11 @@ def parse(text: str, option: str = '--data.prepared') -> Spec:
     option: Its name, for errors.
 
   Raises:
-    UserError: it does not read as one of these.
+    UserError: it does not read as one of these, or is a directory's name that
+      reads as something else.
   """
+  if not is_name(text) and os.path.isdir(text):
+    raise errors.UserError(f'{option} {text!r}: {UNREADABLE}')
   named: list[tuple[int, dict[str, float]]] = []
   for number, typed in enumerate(text.split(';')):
     first_step, part = 0, typed.strip()
@@ -76,6 +84,16 @@ def parse(text: str, option: str = '--data.prepared') -> Spec:
       for first, stage in named
     ),
   )
+
+
+def is_name(text: str) -> bool:
+  """Whether a directory's path is read as itself, and not as several, say."""
+  special = (
+    _STAGE.match(text)
+    or _WEIGHT.fullmatch(text)
+    or re.search('^~|[,;]|://', text)
+  )
+  return not special and text == text.strip()
 
 
 def _weights(text: str, option: str) -> dict[str, float]:

@@ -175,5 +175,7 @@ def _bundled_wheels() -> list[str]:
     wheel
     for directory in directories
     if directory
-    for wheel in sorted(glob.glob(os.path.join(directory, 'pip-*.whl')))
+    for wheel in sorted(
+      glob.glob(os.path.join(glob.escape(directory), 'pip-*.whl'))
+    )
   ]

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf import message as protobuf
 
-from train import errors
+from train import errors, storage
 from train.data import compressed
 
 INFO = 'dataset_info.json'
@@ -129,7 +129,7 @@ def no_dataset_in(name: str) -> str:
   below = (
     str(info.parent)
     for levels in ('*', '*/*', '*/*/*')  # Of name, configuration and version.
-    for info in sorted(path.glob(f'{levels}/{INFO}'))
+    for info in sorted(storage.matches(path, f'{levels}/{INFO}'))
   )
   found = list(itertools.islice(below, 4))
   hint = ''

@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import pytest
@@ -44,6 +45,24 @@ def test_stages():
 def test_names_with_equals_signs_and_colons():
   assert read('lang=en') == (('lang=en',), [(0, (1.0,))])
   assert read('year=2020=2,x:y') == (('year=2020', 'x:y'), [(0, (2.0, 1.0))])
+
+
+@given(st.text('ab ,;:=.1~/'))
+def test_a_name_is_read_as_itself(name):
+  if mixture.is_name(f'd{name}'):
+    assert read(f'd{name}')[0] == (os.path.normpath(f'd{name}'),)
+
+
+@pytest.mark.parametrize('name', ['a,b', 'a=3', 'a;b', 'a ', '1:a', '~'])
+def test_a_directory_that_reads_as_others_is_refused(
+  tmp_path, monkeypatch, name
+):
+  monkeypatch.chdir(tmp_path)
+  for each in (name, 'a'):
+    pathlib.Path(each).mkdir()
+  with pytest.raises(errors.UserError, match='name it otherwise'):
+    mixture.parse(name)
+  assert read(f'./{name[:1]}') == ((name[:1],), [(0, (1.0,))])
 
 
 @given(st.lists(STAGE, min_size=1, max_size=3))

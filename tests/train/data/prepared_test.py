@@ -48,7 +48,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def copy(made, tmp_path):
   """A directory that a test may damage."""
-  return shutil.copytree(made / 'stream', tmp_path / 'copy')
+  return shutil.copytree(made / 'stream', tmp_path / 'copy[1]@2*c')
 
 
 def record_file(directory, number=1):

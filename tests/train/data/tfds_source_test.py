@@ -250,6 +250,12 @@ def test_errors_name_what_helps(tmp_path, capfd, name, match):
 def test_a_directory_above_the_dataset(prepared, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   shutil.copytree(prepared, tmp_path / 'my/texts/1.0.0')
+  # Its name is no pattern.
+  for name in ('m[x]', 'm**'):
+    shutil.copytree(prepared, tmp_path / name / '1')
+    with refused(re.escape(f'name the directory with it, as {name}/1') + '$'):
+      tfds_source.TfdsSource(f'./{name}').parts()
+    shutil.rmtree(tmp_path / name)
   below = 'name the directory with it, as my/texts/1.0.0$'
   for name in ('my', 'my/texts', 'my/texts/'):
     with refused(rf'{name} has no dataset_info\.json of TFDS: {below}'):

@@ -21,7 +21,11 @@ _LOCK = 'lock'
 
 
 def check_directory(out: pathlib.Path) -> None:
-  """Raises: UserError: a file has this name or one above; it is not UTF-8."""
+  """Checks that there can be a prepared directory of this name.
+
+  Raises:
+    UserError: a file has this name or one above, or the name is not UTF-8.
+  """
   local_file.check_name(out, '--out')
   for path in (out, *out.parents):
     # Not its methods: they raise where one may not look.

@@ -239,6 +239,12 @@ def test_a_full_disk_as_arrayrecord_says_it(tmp_path, monkeypatch):
     make(tmp_path)
 
 
+def test_a_name_that_array_record_cannot_write_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match=r"\\udcff' is not UTF-8: name "):
+    make(tmp_path / '\udcff')
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_no_directory(tmp_path):
   file = tmp_path / 'file'
   file.write_text('')
