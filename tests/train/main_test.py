@@ -235,8 +235,10 @@ def test_every_package_that_is_imported_is_looked_for():
   own = {'models', 'train', 'gradpower_optax'}
   names = {*entry._NEEDED, *sum(entry._NEEDED_BY.values(), ())}
   needed = {name.split('.')[0] for name in names}
-  # They come with jax, flax, tokenizers and TFDS; of extras.
-  others = {'google', 'huggingface_hub', 'numpy', 'rich', *OF_EXTRAS}
+  # They come with jax, flax, tokenizers, TFDS and Orbax; of extras.
+  others = {
+    'google', 'huggingface_hub', 'numpy', 'rich', 'tensorstore', *OF_EXTRAS
+  }  # fmt: skip
   assert imported - own - sys.stdlib_module_names - others == needed
   assert not OF_EXTRAS & needed
 
