@@ -93,7 +93,7 @@ class SaveJob:
     except SharedError as error:
       ended(self._failed(error))
       return
-    self._shapes = jax.eval_shape(lambda x: x, state)
+    self._shapes = jax.tree.map(jax.typeof, state)
     writer = state_files.Writer(self._talk, self._limit)
     writer.start(self._directory / str(self._step), state)
     # A program that is to end at once does not wait for it.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -281,6 +282,20 @@ def test_each_array_is_looked_for(checkpoints, directory, change, message):
   state_files.check(path, state(1), sizes)
   with pytest.raises(ValueError, match=message):
     state_files.check(path, change(state(1)), sizes)
+
+
+def test_a_tree_of_several_nodes_is_walked():
+  small = {'max_decoded_node_bytes': 500, 'max_inline_value_bytes': 10}
+  store = ts.KvStore.open(
+    {'driver': 'ocdbt', 'base': 'memory://', 'config': small}
+  ).result()
+  with ts.Transaction() as together:
+    for i in range(200):
+      store.with_transaction(together)[f'layer.{i:03}/0'] = bytes(i % 20)
+  found = dict(state_files._entries(store.base))
+  assert [*found] == [f'layer.{i:03}/0' for i in range(200)]
+  kinds = {key: bool(value) for key, value in found.items()}
+  assert kinds == {key: len(store[key]) > 10 for key in found}
 
 
 def test_a_part_that_is_not_merged_is_missed(
