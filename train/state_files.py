@@ -92,22 +92,22 @@ class Writer:
 
 
 class _Literal(gpath.PosixGPath):
-  """A path with brackets, say: Orbax finds what is in it by a glob."""
+  """A path whose brackets are no pattern where Orbax globs below it."""
 
   def glob(self, pattern: str) -> Iterator[epath.Path]:
     return storage.matches(self, pattern)
 
 
 def check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
-  """Makes sure that `read` finds all of a state; reads none of its data.
+  """Checks that `read` would find all of a state; reads none of its data.
 
   Args:
     directory: As Orbax has committed it.
-    state: What was saved, or its shapes and dtypes.
+    state: The saved arrays, or their shapes and dtypes.
     sizes: Bytes of each file below the directory.
 
   Raises:
-    ValueError: it does not, in one line.
+    ValueError: something is missing or another; one line says what.
   """
   try:
     _check(directory, state, sizes)
@@ -145,7 +145,10 @@ def _check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
 def _entries(
   base: ts.KvStore, node: str = '', prefix: bytes = b''
 ) -> Iterator[tuple[str, str]]:
-  """Keys of an OCDBT store, each with where its value is, if in a file."""
+  """Yields the keys of an OCDBT store, each with the place of its value.
+
+  The place is empty where the value stands in the tree itself.
+  """
   if not node:
     node = ts.ocdbt.dump(base).result()['versions'][-1]['root']['location']
   found = ts.ocdbt.dump(base, node).result()
@@ -237,7 +240,7 @@ def _with_empty(stored: Any, abstract_tree: Any) -> Any:
 def quiet() -> None:
   """Keeps tracebacks off the terminal of failures that are raised as well.
 
-  What Orbax only warns of, `check` finds.
+  `check` finds what Orbax only warns of.
   """
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   logging.getLogger('absl').addFilter(

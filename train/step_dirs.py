@@ -16,8 +16,8 @@ TEMPORARY = '.orbax-checkpoint-tmp'
 """Ends a directory's name on a disk until Orbax has committed it."""
 
 
-# What TensorStore, Orbax, epath or gcsfs take for something else: a backslash
-# for a slash, '.__lock' for its own, '/gs' for 'gs://', '?' for a path's end.
+# TensorStore, Orbax, epath or gcsfs read these otherwise: a backslash as a
+# slash, '.__lock' as their own file, '/gs' as 'gs://', '?' as a path's end.
 _MISREAD = re.compile(
   r'\\|\.__lock(?=/)|gs:(?=/)|^/(gs|s3|az|hf)(?=/)|[\ud800-\udfff]'
 )
@@ -25,10 +25,10 @@ _MISREAD_IN_STORES = re.compile(r'[][*?#\\\x00-\x1f\x7f]')
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
-  """As Orbax wants it.
+  """Returns the path as Orbax needs it.
 
   Raises:
-    UserError: checkpoints could not be written there, or would be elsewhere.
+    UserError: Orbax could not write there, or would write elsewhere.
   """
   path, misread = os.fspath(directory), _MISREAD_IN_STORES
   if storage.is_local(path):

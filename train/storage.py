@@ -59,7 +59,7 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def matches(directory: epath.PathLike, pattern: str) -> Iterator[epath.Path]:
-  """What a glob finds below a directory, whose own name is none."""
+  """Yields the matches of a glob below a directory; its own name is literal."""
   return epath.Path(glob.escape(os.fspath(directory))).glob(pattern)
 
 

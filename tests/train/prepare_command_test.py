@@ -87,7 +87,7 @@ def test_prepares_and_says_what_there_is(corpus, tmp_path, capsys, caplog):
 def test_a_name_to_train_on_is_one_that_is_read(corpus, tmp_path, name):
   out = tmp_path / name
   with pytest.raises(
-    errors.UserError, match=r'--out .*: name it otherwise$'
+    errors.UserError, match=r'--out .*: name another$'
   ) as error:
     run(*command(corpus, out))
   assert '\n' not in str(error.value)

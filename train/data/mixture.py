@@ -11,8 +11,9 @@ _STAGE = re.compile(r'(\d+):')
 _WEIGHT = re.compile(r'(.*)=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)', re.DOTALL)
 
 UNREADABLE = (
-  "a directory to train on has no ',', no ';' and no space at an end in its "
-  "name, no '=' before a number, no number before ':': name it otherwise"
+  "the name of a directory to train on must not hold ',', ';' or '://', begin "
+  "with '~', begin or end with a space, or look like a weight ('a=3') or a stage "
+  "('5:a'): name another"
 )
 
 
@@ -87,7 +88,7 @@ def parse(text: str, option: str = '--data.prepared') -> Spec:
 
 
 def is_name(text: str) -> bool:
-  """Whether a directory's path is read as itself, and not as several, say."""
+  """Whether a path is read as one directory, without a weight or a stage."""
   special = (
     _STAGE.match(text)
     or _WEIGHT.fullmatch(text)

@@ -16,7 +16,7 @@ def figure(name: str) -> str:
 
 
 def check(out: pathlib.Path, kind: str) -> None:
-  """Refuses a directory of another kind of experiment, or unfit for runs.
+  """Refuses a directory of another kind of experiment, or one unfit for runs.
 
   Args:
     out: Where results.json and report.html go; it need not exist.
