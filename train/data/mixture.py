@@ -12,8 +12,8 @@ _WEIGHT = re.compile(r'(.*)=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)', re.DOTALL)
 
 UNREADABLE = (
   "the name of a directory to train on must not hold ',', ';' or '://', begin "
-  "with '~', begin or end with a space, or look like a weight ('a=3') or a stage "
-  "('5:a'): name another"
+  "with '~', begin or end with a space, or look like a weight ('a=3') or a "
+  "stage ('5:a'): name another"
 )
 
 

@@ -60,7 +60,7 @@ def test_a_directory_that_reads_as_others_is_refused(
   monkeypatch.chdir(tmp_path)
   for each in (name, 'a'):
     pathlib.Path(each).mkdir()
-  with pytest.raises(errors.UserError, match='name another$'):
+  with pytest.raises(errors.UserError, match=r'name another$'):
     mixture.parse(name)
   assert read(f'./{name[:1]}') == ((name[:1],), [(0, (1.0,))])
 
