@@ -12,13 +12,10 @@ form writes, with q = p - 1,
 so that sign, zeros, infinities and NaN come from the one multiplication by x,
 and only a factor close to 1 (p is) has to be computed. The factor is a few
 integer operations, two short polynomials and nothing that XLA counts as
-expensive: it fuses into whatever reads the gradient. On a CPU, which does not
-compute as fast as it reads, a fixed p = 1 + 1/n (6/5 is one) takes a shorter
-way, with one polynomial: :func:`_times_root`.
+expensive: it fuses into whatever reads the gradient.
 """
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -26,19 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# A power of x is split as |x| = 2^(e - 127) m, 1 <= m < 2, and log2(m) expanded
-# about _CENTER, near sqrt(2), where it is close to one half. The coefficients
-# are minimax fits (Lawson's algorithm, in double precision) on that interval;
+# A power of x is split as |x| = 2^e m with m from sqrt(1/2) to sqrt(2). The
+# coefficients, of log2(m) / (m - 1) about m = 1, are minimax fits (Lawson's
+# algorithm, in double precision) on that interval;
 # `tests/gradpower_optax/power_test.py` measures their error.
-_CENTER = 181 / 128
-_LOG2_8 = (0.4998459271647994, 1.0202481787260076, -0.36075746982058665,
-           0.17009420513300666, -0.09003976381416864, 0.050688901814563356,
-           -0.03134859935921738, 0.021027435612573735,
-           -0.009088908626851962)  # fmt: skip
-_LOG2_9 = (0.4998458860627066, 1.0202482955566474, -0.3607505869650627,
-           0.1700865647851453, -0.09021946020212537, 0.050875787457404544,
-           -0.029829905173593643, 0.019234520907806668,
-           -0.013165462169743375, 0.005547595098928544)  # fmt: skip
+_SQRT_HALF = 0x3F3504F3  # As a float32's bits.
+_LOG2_8 = (1.4426947724269723, -0.7213571489157123, 0.4809394449319664,
+           -0.3600872161955019, 0.28670745272514864, -0.2500690356531648,
+           0.23689039627590838, -0.14574451236110852)  # fmt: skip
+_LOG2_9 = (1.4426948685559562, -0.7213471284676731, 0.48092252889816395,
+           -0.36072119546753123, 0.28765667557629915, -0.2385194349259958,
+           0.2173793762324445, -0.2103033550794631,
+           0.12541246977803852)  # fmt: skip
 # (2^f - 1) / f for |f| <= 0.5 and 0.6: each rounded to float32, the rest
 # refitted.
 _EXP2 = (0.6931471824645996, 0.24022647738456726, 0.05550359934568405,
@@ -51,20 +47,6 @@ _EXP2_NEAR = (0.6931472420692444, 0.24022641777992249, 0.05550253763794899,
 # Up to this |p - 1| a degree 8 logarithm without compensation stays within two
 # units in the last place; beyond it errors of the logarithm are magnified.
 _NEAR_ONE = 0.2
-
-# Where 1 / (p - 1) is a whole number up to this, a root by one step from a
-# guess takes fewer operations; beyond it they wait for one another for longer.
-_MOST_ROOT = 6
-# Arrays of so many elements, and as long along the last axis, gain by it. In a
-# loop over a shorter axis jax 0.12 may or may not fuse a product into a sum, so
-# that an element's last bit would depend on where it stands.
-_LEAST_SIZE, _LEAST_AXIS = 4096, 16
-# The greatest error of log2(1 + m) - m, 0 <= m <= 1: of taking a float's bits
-# for its logarithm.
-_BITS_GAP = 0.0860713320559342
-# What the root's polynomial may add to a relative error; 2^-24 is one half of a
-# unit in the last place.
-_ROOT_ERROR = 1e-8
 
 _f32 = np.float32
 
@@ -120,7 +102,7 @@ def signed_power(x: jax.Array, p: Any, eps: Any = 0.0) -> jax.Array:
   return _signed_power(x, p, eps, static_p, not no_eps)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _signed_power(x, p, eps, static_p, has_eps):
   """Widens and narrows."""
   dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
@@ -190,7 +172,8 @@ def _phi_jvp(static_p, has_eps, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _factor(x, p, static_p):
   """|x|^(p - 1), as a function that can itself be differentiated."""
-  return _times_power(jnp.ones_like(x), x, p, static_p)
+  y = _times_power(jnp.ones_like(x), x, p, static_p)
+  return jnp.where(jnp.isfinite(x), y, jnp.abs(x) ** (p - 1))
 
 
 @functools.partial(_factor.defjvp, symbolic_zeros=True)
@@ -198,10 +181,9 @@ def _factor_jvp(static_p, primals, tangents):
   x, p = primals
   x_dot, p_dot = tangents
   out = _factor(x, p, static_p)
-  is_zero = x == 0
-  safe = jnp.where(is_zero, jnp.ones_like(x), x)
-  dx = jnp.where(is_zero, jnp.zeros_like(x), (p - 1) * out / safe)
-  log = jnp.log(jnp.abs(safe))
+  less = None if static_p is None else static_p - 1.0
+  dx = jnp.sign(x) * (p - 1) * _factor(x, p - 1, less)
+  log = jnp.log(jnp.where(x == 0, jnp.ones_like(x), jnp.abs(x)))
   return out, _sum_of_products(out, (dx, x_dot), (out * log, p_dot))
 
 
@@ -230,85 +212,11 @@ def _times_power(scale, x, p, static_p):
   if static_p is None:
     return _times_exp2(scale, x, _split_traced(p), wide=True, far=True)
   q = static_p - 1.0
-  n = _whole_inverse(q)
-  if n is None or x.size < _LEAST_SIZE or x.shape[-1] < _LEAST_AXIS:
-    return _times_static(scale, x, q=q)
-  # A GPU and a TPU wait for memory whatever is computed meanwhile, and which
-  # products they fuse into sums is not known.
-  return lax.platform_dependent(
-    scale,
-    x,
-    cpu=functools.partial(_times_root, n=n),
-    default=functools.partial(_times_static, q=q),
-  )
-
-
-def _times_static(scale, x, *, q: float):
-  """Computes scale |x|^q in float32."""
   near_one = abs(q) <= _NEAR_ONE
   split = _split_static(q, _LOG2_8 if near_one else _LOG2_9)
   # |log2 x| <= 128, and 2^n with |n| <= 126 is a normal number.
   far = abs(q) * 128 > 126
   return _times_exp2(scale, x, split, wide=not near_one, far=far)
-
-
-def _whole_inverse(q: float) -> int | None:
-  """1 / q where it is a whole number that `_times_root` can take, else None."""
-  n = round(1 / q) if abs(q) > 0.05 else 0
-  # What rounding p = 1 + 1 / n leaves, and no more.
-  return n if 2 <= abs(n) <= _MOST_ROOT and abs(q * n - 1) < 2**-46 else None
-
-
-def _times_root(scale, x, *, n: int):
-  """Computes scale |x|^(1 / n) in float32; n may be negative.
-
-  A float's bits, taken as a whole number, are nearly its logarithm, and so give
-  a guess w of |x|^(-1/|n|). With h = |x| w^|n| - 1, which is small, the root is
-  |x| w^(|n| - 1) (1 + h)^(1/|n| - 1), and its inverse w (1 + h)^(-1/|n|). An
-  error of |x| w^(|n| - 1) counts a |n|-th of itself, since h knows of it: as
-  long as h is a fused multiply-add. Inf and NaN count as the greatest number,
-  so that the factor stays finite.
-  """
-  degree = abs(n)
-  y_bits = jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7F7FFFFF)
-  # The guess keeps 12 bits; 1.5 * 2^23 rounds the rest away.
-  middle = 127 + (127 - _BITS_GAP / 2 * (degree + 1)) / degree
-  guess = y_bits.astype(jnp.float32) * _f32(-(2**-12) / degree)
-  guess = guess + _f32(1.5 * 2**23 + middle * 2**11)
-  w = _float(_bits(guess) << 12)
-  v = _float(y_bits) * _whole_power(w, degree - 1)
-  h = v * w - 1
-  start = v if n > 0 else w
-  coefficients = tuple(map(_f32, _root_polynomial(n)))
-  return scale * (start + (start * h) * _horner(h, coefficients))
-
-
-def _whole_power(x, n: int):
-  """x^n for n >= 1, by squares."""
-  if n == 1:
-    return x
-  half = _whole_power(x * x, n // 2)
-  return half * x if n % 2 else half
-
-
-@functools.cache
-def _root_polynomial(n: int) -> tuple[float, ...]:
-  """Coefficients in h of ((1 + h)^s - 1) / h for `_times_root`."""
-  s = 1 / n - 1 if n > 0 else 1 / n
-  # The guess is off by that much either way, and by its last bit.
-  reach = 1.003 * 2 ** (_BITS_GAP / 2 * (abs(n) + 1))
-  low, high = 1 / reach - 1, reach - 1
-  # Least squares at Chebyshev's points are nearly minimax. None of an even
-  # number is h = 0.
-  points = np.polynomial.chebyshev.chebpts1(400)
-  h = (low + high) / 2 + (high - low) / 2 * points
-  exact = np.expm1(s * np.log1p(h)) / h
-  weight = np.abs(h) / (1 + h) ** s  # To the relative error of (1 + h)^s.
-  for degree in itertools.count(4):
-    fit = np.polynomial.Polynomial.fit(h, exact, degree, w=weight).convert()
-    if np.abs(weight * (fit(h) - exact)).max() < _ROOT_ERROR:
-      return tuple(fit.coef.tolist())
-  raise AssertionError('unreachable')
 
 
 def _head(value):
@@ -324,14 +232,9 @@ def _split_static(q: float, log2):
   q_head = _head(q)
   q_tail = q - q_head
   c = [q * c for c in log2]
-  # q (log2(x) - (e - 126.5)) = c[0] + c[1] r + ...; what q_head misses of the
-  # 126.5 q belongs to the constant.
-  c[0] -= 0.5 * q + 126.5 * q_tail
-  slope_head = _head(c[1])
-  slope_tail = c[1] - slope_head
-  return tuple(map(_f32, (q_head, q_tail, slope_head, slope_tail))) + tuple(
-    map(_f32, c)
-  )
+  slope_head = _head(c[0])
+  slope_tail = c[0] - slope_head
+  return tuple(map(_f32, (q_head, q_tail, slope_head, slope_tail, *c)))
 
 
 def _split_traced(p):
@@ -344,12 +247,11 @@ def _split_traced(p):
   q_head = _head(q)
   q_tail = p - (1 + q_head)  # Where p < 0.5 the subtraction p - 1 rounded.
   c = [_f32(c) * q for c in _LOG2_9]
-  c[0] = _f32(_LOG2_9[0] - 0.5) * q - _f32(126.5) * q_tail
-  log_head = _head(_LOG2_9[1])
+  log_head = _head(_LOG2_9[0])
   slope = q_head * _f32(log_head)
   slope_head = _head(slope)
   slope_tail = (slope - slope_head) + (
-    q_head * _f32(_LOG2_9[1] - log_head) + q_tail * _f32(_LOG2_9[1])
+    q_head * _f32(_LOG2_9[0] - log_head) + q_tail * _f32(_LOG2_9[0])
   )
   return (q_head, q_tail, slope_head, slope_tail, *c)
 
@@ -359,8 +261,8 @@ def _times_exp2(scale, x, split, *, wide: bool, far: bool):
 
   Args:
     scale: float32 array of x's shape.
-    x: float32 array. Zeros and subnormals count as 2^-127, inf and NaN as
-      numbers of exponent 128: the factor stays finite.
+    x: float32 array. Zeros count as 2^-127, inf as 2^128, subnormals and NaN
+      as numbers of such a size: the factor stays finite.
     split: From `_split_static` or `_split_traced`.
     wide: Whether to carry the logarithm's leading term exactly; needed where
       |q| magnifies its rounding.
@@ -371,26 +273,26 @@ def _times_exp2(scale, x, split, *, wide: bool, far: bool):
     A float32 array of x's shape.
   """
   q_head, q_tail, slope_head, slope_tail, *c = split
-  bits = _bits(x)
-  e = (bits & 0x7F800000).astype(jnp.float32)  # The exponent times 2^23.
-  m = _float((bits & 0x007FFFFF) | 0x3F800000)
-  r = m - _f32(_CENTER)  # Exact.
-  # Exact: 8 and 12 bits.
-  a = e * (q_head * _f32(2**-23)) + _f32(-126.5) * q_head
-  b = c[0] + e * (q_tail * _f32(2**-23))
+  bits = _bits(jnp.abs(x))
+  e_bits = (bits - _SQRT_HALF) & -(2**23)
+  e = e_bits.astype(jnp.float32)  # The exponent times 2^23.
+  m = _float(bits - e_bits)
+  r = m - 1  # Exact.
+  a = e * (q_head * _f32(2**-23))  # Exact: 8 and 12 bits.
+  b = e * (q_tail * _f32(2**-23))
   if wide:
     m_head = _head(m)
-    r_head = m_head - _f32(_CENTER)
+    r_head = m_head - 1
     exact = r_head * slope_head
-    b = b + ((m - m_head) * c[1] + r_head * slope_tail)
-    b = b + (r * r) * _polynomial(r, c[2:])
+    b = b + ((m - m_head) * c[0] + r_head * slope_tail)
+    b = b + (r * r) * _polynomial(r, c[1:])
     n = lax.round(a + (exact + b), lax.RoundingMethod.TO_NEAREST_EVEN)
     f = ((a - n) + exact) + b
     exp2 = _EXP2
   else:
-    # n without the logarithm of m, |b| <= 0.1, so that it need not wait.
+    # n without the logarithm of m, at most 0.1, so that it need not wait.
     n = lax.round(a, lax.RoundingMethod.TO_NEAREST_EVEN)
-    f = (a - n) + (b + r * _polynomial(r, c[1:]))
+    f = (a - n) + (b + r * _polynomial(r, c))
     exp2 = _EXP2_NEAR
   if far:
     n = jnp.clip(n, -252, 252)
