@@ -14,6 +14,9 @@ of a TPU that is not there: nothing runs.
     python -m benchmarks.transform
     python -m benchmarks.transform --json benchmarks/results/transform-cpu.json
     python -m benchmarks.transform --topology v5e:2x2
+    python -m benchmarks.transform --compile
+
+The last one says how long an update of many leaves compiles.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import timing, traffic
+from benchmarks import timing, traffic, transform_compile
 from benchmarks.transform_programs import (
   FORMS,
   Arrays,
@@ -281,19 +284,32 @@ def main(argv: list[str] | None = None) -> None:
     description='Times an AdamW update with the power against one without.',
   )
   parser.add_argument('--elements', type=timing.positive, default=2**24)
-  parser.add_argument('--pairs', type=timing.positive, default=21)
+  parser.add_argument(
+    '--pairs', type=timing.positive, help='21, or 3 with --compile'
+  )
   parser.add_argument('--p', type=_power, default=1.2)
   parser.add_argument(
     '--topology', metavar='NAME',
     help='count for a TPU such as v5e:2x2, compiled ahead of time; no timing',
   )  # fmt: skip
+  parser.add_argument(
+    '--compile', action='store_true',
+    help=f'time compilation instead, at p of {transform_compile.POWERS}',
+  )  # fmt: skip
+  parser.add_argument(
+    '--leaves', type=timing.positive, default=500, help='with --compile'
+  )
   parser.add_argument('--json', metavar='FILE', help='write the result here')
   options = parser.parse_args(argv)
   if options.json:
     timing.check_writable(parser, options.json)
+  show = format_result
   try:
-    if options.topology is None:
-      result = measure(options.elements, options.pairs, options.p)
+    if options.compile:
+      result = transform_compile.measure(options.leaves, options.pairs or 3)
+      show = transform_compile.format_result
+    elif options.topology is None:
+      result = measure(options.elements, options.pairs or 21, options.p)
     else:
       result = count_on_tpu(options.elements, options.p, options.topology)
   except UserError as error:
@@ -302,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     parser.error(f'no memory for --elements {options.elements}')
-  print(format_result(result))
+  print(show(result))
   if options.json:
     timing.write_json(options.json, result)
     print(f'written to {options.json}', file=sys.stderr)

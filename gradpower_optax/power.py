@@ -70,18 +70,16 @@ def reference(x: jax.Array, p: Any, eps: float = 0.0) -> jax.Array:
 def signed_power(x: jax.Array, p: Any, eps: Any = 0.0) -> jax.Array:
   r"""Computes :math:`\mathrm{sign}(x)(|x| + \epsilon)^p` per element.
 
-  Where input and result are normal float32 numbers and p is at most 3, the
-  result is within 2 units in the last place for eps = 0, and within p / 3 + 1
-  for greater p (2.3 where p is 1 + 1/n, n = 2 to 6, on a CPU that is too old
-  for a fused multiply-add). Narrower dtypes are computed in float32 and
-  rounded once; float64 uses the backend's ``pow`` (1.2 units at most, measured
-  on a CPU).
-  On a CPU a large array and a part of it may differ in the last bit.
+  In float32 and with eps = 0 the result is within 2 units in the last place for
+  p up to 3, and within p / 3 + 1 for greater p, wherever input and result are
+  normal numbers. Narrower dtypes are computed in float32 and rounded once;
+  float64 uses the backend's ``pow`` (1.2 units at most, measured on a CPU).
   Subnormal float32 inputs and results are flushed to zero where the backend
   does so (XLA on a CPU), and are inaccurate where it does not.
 
   The derivative with respect to x is :math:`p|x|^{p-1}`; at x = 0 (with eps =
   0) it is 0, or 1 where p = 1, also for p < 1, where the true one is infinite.
+  At infinity it is the limit, and at NaN it is NaN unless p = 1.
   The derivative with respect to p is :math:`\varphi_p(x)\log|x|`, 0 at 0.
 
   Args:
@@ -182,8 +180,10 @@ def _factor_jvp(static_p, primals, tangents):
   x_dot, p_dot = tangents
   out = _factor(x, p, static_p)
   less = None if static_p is None else static_p - 1.0
+  is_zero = x == 0
   dx = jnp.sign(x) * (p - 1) * _factor(x, p - 1, less)
-  log = jnp.log(jnp.where(x == 0, jnp.ones_like(x), jnp.abs(x)))
+  dx = jnp.where(is_zero, jnp.zeros_like(x), dx)
+  log = jnp.log(jnp.where(is_zero, jnp.ones_like(x), jnp.abs(x)))
   return out, _sum_of_products(out, (dx, x_dot), (out * log, p_dot))
 
 

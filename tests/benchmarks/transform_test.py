@@ -191,6 +191,28 @@ def test_bad_options_are_refused(argv, capsys):
   assert 'error: ' in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_compilation_is_timed(tmp_path, capsys):
+  path = tmp_path / 'compile.json'
+  argv = ['--compile', '--leaves', '2', '--pairs', '1', '--json', str(path)]
+  transform.main(argv)
+  entries = {
+    entry['name']: entry for entry in json.loads(path.read_text())['programs']
+  }
+  assert [*entries] == [
+    'adamw',
+    'formula, p = 1.1',
+    'sign_power, p = 1.1',
+    'formula, p = 1.2',
+    'sign_power, p = 1.2',
+  ]
+  table = capsys.readouterr().out.split('\n\n')[1].splitlines()
+  for line, (name, entry) in zip(table[1:], entries.items(), strict=True):
+    assert line.startswith(name)
+    assert entry['seconds'] > 0
+    assert (entry['ratio'] is None) == (not name.startswith('sign_power'))
+    assert entry['text_bytes'] > 1000
+
+
 def test_without_libtpu_a_topology_is_refused(monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(SystemExit) as stopped:

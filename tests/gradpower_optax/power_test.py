@@ -37,9 +37,9 @@ TINY = np.finfo(np.float32).tiny
 MAX = np.finfo(np.float32).max
 
 if hasattr(jax, 'enable_x64'):
-  enable_x64 = functools.partial(jax.enable_x64, True)
+  enable_x64 = jax.enable_x64
 else:
-  enable_x64 = functools.partial(jax.experimental.enable_x64, True)
+  enable_x64 = jax.experimental.enable_x64
 
 
 def bound(p):
@@ -153,7 +153,7 @@ def test_reference_agrees():
   x = normals(10_000)
   x = x[np.abs(np.log2(np.abs(x))) < 40]
   for p in (0.5, 1.2, 3.0):
-    with enable_x64():
+    with enable_x64(True):
       exact = power.reference(jnp.asarray(x, jnp.float64), p)
       assert exact.dtype == jnp.float64
       error = ulps(np.asarray(signed_power(x, p)), np.asarray(exact))
@@ -175,7 +175,7 @@ def test_error_in_float64(p, traced):
   rng = np.random.default_rng(0)
   ends = np.float64([1e-300, 1e300]).view(np.int64)
   x = rng.integers(*ends, 1000).view(np.float64)
-  with enable_x64(), mpmath.workprec(160):
+  with enable_x64(True), mpmath.workprec(160):
     x = jnp.asarray(x)
     y = signed_power(x, jnp.float64(p) if traced else p)
     assert y.dtype == jnp.float64
@@ -190,11 +190,12 @@ def test_error_in_float64(p, traced):
 
 
 @pytest.mark.parametrize(
-  ('name', 'bound'), [('_LOG2_8', 4.3e-8), ('_LOG2_9', 6.6e-9)]
+  ('name', 'bound'), [('_LOG2_8', 4.9e-8), ('_LOG2_9', 6.7e-9)]
 )
 def test_error_of_logarithm(name, bound):
-  m = np.linspace(1, 2, 200_001)
-  y = np.polynomial.polynomial.polyval(m - power._CENTER, getattr(power, name))
+  m = np.linspace(np.sqrt(0.5), np.sqrt(2), 200_001)
+  r = m - 1
+  y = r * np.polynomial.polynomial.polyval(r, getattr(power, name))
   assert 0.9 * bound < np.abs(y - np.log2(m)).max() < bound
 
 
@@ -206,6 +207,70 @@ def test_error_of_exponential(name, reach, bound):
   f = np.linspace(-reach, reach, 200_001)
   y = 1 + f * np.polynomial.polynomial.polyval(f, getattr(power, name))
   assert 0.9 * bound < np.abs(y / np.exp2(f) - 1).max() < bound
+
+
+# Where an element stands.
+
+WAYS = (1.2, 2.5, np.float32(1.2))  # Near one, wide, traced.
+
+
+def function_of(p):
+  """Of one array or of a list, p being a tracer where it is an array."""
+  if isinstance(p, np.float32):
+    call = compiled(
+      lambda xs, p: jax.tree.map(lambda x: signed_power(x, p), xs)
+    )
+    return functools.partial(call, p=p)
+  return compiled(lambda xs: jax.tree.map(lambda x: signed_power(x, p), xs))
+
+
+@pytest.mark.parametrize('way', range(len(WAYS)))
+def test_equal_numbers_give_equal_bits_in_any_shape(way):
+  # All axes are tried by one way or another. `sign_power` names the exception.
+  last_axes = [*range(1, 41)]
+  if jax.__version_info__ >= (0, 11) and jax.default_backend() == 'cpu':
+    last_axes = [1, 2, *range(17, 41)]
+  shapes = [(67, last) for last in last_axes[way :: len(WAYS)]]
+  some = normals(61)  # A prime: each place sees every number.
+  shapes += [some.shape, (5,), (3, 2, 33)]
+  *found, single = function_of(WAYS[way])(
+    [np.resize(some, shape) for shape in (*shapes, some.shape)]
+  )
+  for y in found:
+    expected = np.resize(bits_of(single), y.shape)
+    np.testing.assert_array_equal(bits_of(y), expected, str(y.shape))
+
+
+@pytest.mark.parametrize('p', WAYS)
+def test_shards_and_slices_have_the_bits_of_the_whole(p):
+  if len(jax.devices()) < 8:
+    pytest.skip('needs 8 devices; tests/conftest.py asks for fake ones')
+  function, x = function_of(p), normals((48, 35))
+  expected = bits_of(function(x))
+  mesh = jax.make_mesh((8,), ('rows',))
+  where = jax.NamedSharding(mesh, jax.P('rows'))
+  sharded = function(jax.device_put(x, where))
+  np.testing.assert_array_equal(bits_of(sharded), expected)
+  np.testing.assert_array_equal(bits_of(function(x[5:, 3:])), expected[5:, 3:])
+
+
+@pytest.mark.parametrize('p', [1.1, 1.2, 4.7])
+def test_shapes_may_be_symbolic(p):
+  function = jax.jit(lambda x: signed_power(x, p))
+  rows, columns = jax.export.symbolic_shape('rows, columns')
+  symbolic = jax.ShapeDtypeStruct((rows, columns), 'float32')
+  exported = jax.export.export(function)(symbolic)
+  for shape in ((3, 5), (64, 65)):
+    x = normals(shape)
+    np.testing.assert_array_max_ulp(exported.call(x), function(x), 2)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
+def test_a_program_names_the_power_once(platform):
+  leaves = [jax.ShapeDtypeStruct((8, 8), 'float32')] * 50
+  function = jax.jit(lambda xs: [signed_power(x, 1.2) for x in xs])
+  text = function.trace(leaves).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('stablehlo.round_nearest_even') == 1
 
 
 # Other dtypes.
@@ -470,6 +535,55 @@ def test_derivatives_at_zero(p, zero, traced):
   assert jax.jacfwd(f)(zero) == expected
   assert jax.grad(jax.grad(f))(zero) == 0.0
   assert jax.grad(signed_power, 1)(jnp.float32(zero), jnp.float32(p)) == 0.0
+
+
+@pytest.mark.parametrize(
+  ('name', 'eps', 'traced'),
+  [
+    ('float32', 0.0, False),
+    ('float32', 0.0, True),
+    ('float32', 1e-3, False),
+    ('bfloat16', 0.0, False),
+    ('float16', 1e-3, True),
+    ('float64', 0.0, False),
+  ],
+)
+@pytest.mark.parametrize('p', [0.5, 1.0, 1.2, 3.0])
+def test_ends_of_the_range(p, name, eps, traced):
+  """The value and two derivatives are the limits; a NaN shows in each."""
+  with enable_x64(name == 'float64'), np.errstate(all='ignore'):
+    dtype = jnp.dtype(getattr(jnp, name))
+    info = jnp.finfo(dtype)
+    x = np.array([0, info.tiny, 0.5, info.max, np.inf, np.nan], np.float64)
+    x = np.concatenate([x, -x]).astype(dtype)
+    size = np.abs(x.astype(np.float64))
+    p_given = jnp.float32(p) if traced else p
+    f = lambda x: signed_power(x, p_given, eps)
+    first, second = jax.grad(f), jax.grad(jax.grad(f))
+    found = [f(x), jax.vmap(first)(x), jax.vmap(second)(x)]
+    _, tangent = jax.jvp(f, (x,), (np.ones_like(x),))
+    y, odd = size + eps, np.where(np.signbit(x), -1, 1)
+    p = float(np.float32(p)) if traced else p
+    exact = [odd * y**p, p * y ** (p - 1), odd * p * (p - 1) * y ** (p - 2)]
+    exact[0][size == 0] = 0
+    if p == 1:  # The identity, whose second derivative at NaN is 0 or NaN.
+      exact[1][:] = 1
+      exact[2][:] = 0
+      found[2] = np.where(np.isnan(x), 0, found[2])
+    if eps == 0:  # As documented.
+      exact[1][size == 0] = p == 1
+      exact[2][size == 0] = 0
+    else:
+      exact[2][size == 0] = np.nan  # A jump: not looked at.
+    found.append(tangent)
+    for actual, expected in zip(found, [*exact, exact[1]], strict=True):
+      here = ~((size == 0) & np.isnan(expected))
+      np.testing.assert_allclose(
+        np.asarray(actual).astype(np.float64)[here],
+        expected.astype(dtype).astype(np.float64)[here],
+        rtol=4 * max(float(info.eps), 1e-6),
+        atol=4 * float(info.tiny),
+      )
 
 
 def test_derivative_is_finite_where_only_the_result_overflows():

@@ -1,6 +1,7 @@
 """sign_power as an optax transformation: trees, p, wrappers, errors."""
 
 import functools
+import pathlib
 import warnings
 
 import chex
@@ -440,6 +441,13 @@ def test_the_authors_chain():
     g = np.sign(clipped) * (np.abs(clipped) + 1e-8) ** 1.2
     expected = -1e-3 * (g / (np.abs(g) + 1e-8) + 0.1 * params[name])
     np.testing.assert_allclose(updates[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_one_bound_of_the_error_is_stated():
+  readme = pathlib.Path(__file__).parents[2] / 'README.md'
+  for text in (sign_power.__doc__, signed_power.__doc__, readme.read_text()):
+    words = ' '.join(text.split())
+    assert 'within 2 units in the last place for p up to 3' in words
 
 
 # What is refused.
