@@ -38,10 +38,10 @@ def sign_power(
   ``p = 1`` returns the same bits. Leaves that are None or masked pass through.
 
   Equal numbers of one dtype give equal bits, whatever the shape and sharding of
-  their leaves, as long as the compiler rounds alike everywhere. XLA's for a CPU
-  does not from jax 0.11 on: in a leaf whose last axis is 3 to 16 long it may
-  fuse a product into a sum for some elements and not for others, which then
-  differ in the last bit. So may an update that XLA fuses into what reads it.
+  their leaves, as long as the compiler rounds alike everywhere. XLA of jax 0.12
+  does not on a CPU: in a leaf whose last axis is 3 to 16 long it may fuse a
+  product into a sum for some elements and not for others, which then differ in
+  the last bits, within the bound. What XLA fuses with its reader may too.
 
   Args:
     p: The power, positive. A Python number is taken as the double that it is
