@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import export
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gradpower_optax import power
 
@@ -248,7 +250,7 @@ def test_shards_and_slices_have_the_bits_of_the_whole(p):
   function, x = function_of(p), normals((48, 35))
   expected = bits_of(function(x))
   mesh = jax.make_mesh((8,), ('rows',))
-  where = jax.NamedSharding(mesh, jax.P('rows'))
+  where = NamedSharding(mesh, PartitionSpec('rows'))
   sharded = function(jax.device_put(x, where))
   np.testing.assert_array_equal(bits_of(sharded), expected)
   np.testing.assert_array_equal(bits_of(function(x[5:, 3:])), expected[5:, 3:])
@@ -257,9 +259,9 @@ def test_shards_and_slices_have_the_bits_of_the_whole(p):
 @pytest.mark.parametrize('p', [1.1, 1.2, 4.7])
 def test_shapes_may_be_symbolic(p):
   function = jax.jit(lambda x: signed_power(x, p))
-  rows, columns = jax.export.symbolic_shape('rows, columns')
+  rows, columns = export.symbolic_shape('rows, columns')
   symbolic = jax.ShapeDtypeStruct((rows, columns), 'float32')
-  exported = jax.export.export(function)(symbolic)
+  exported = export.export(function)(symbolic)
   for shape in ((3, 5), (64, 65)):
     x = normals(shape)
     np.testing.assert_array_max_ulp(exported.call(x), function(x), 2)
