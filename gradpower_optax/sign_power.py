@@ -37,11 +37,12 @@ def sign_power(
   p / 3 + 1 for greater p, wherever input and result are normal numbers.
   ``p = 1`` returns the same bits. Leaves that are None or masked pass through.
 
-  Equal numbers of one dtype give equal bits, whatever the shape and sharding of
-  their leaves, as long as the compiler rounds alike everywhere. XLA of jax 0.12
-  does not on a CPU: in a leaf whose last axis is 3 to 16 long it may fuse a
-  product into a sum for some elements and not for others, which then differ in
-  the last bits, within the bound. What XLA fuses with its reader may too.
+  Equal elements of one dtype give equal bits, whatever the shape and sharding
+  of their leaves, with one exception. On a CPU, XLA of jax 0.12 may fuse a
+  product into a sum for some elements of a leaf whose last axis has 3 to 16
+  elements and not for others. Equal elements may then differ in the last bits,
+  within the bound. Where XLA fuses the power into what reads it, the same may
+  happen.
 
   Args:
     p: The power, positive. A Python number is taken as the double that it is
