@@ -283,11 +283,13 @@ def main(argv: list[str] | None = None) -> None:
     prog='python -m benchmarks.transform',
     description='Times an AdamW update with the power against one without.',
   )
-  parser.add_argument('--elements', type=timing.positive, default=2**24)
+  parser.add_argument(
+    '--elements', type=timing.positive, help=f'default: {2**24:,}'
+  )
   parser.add_argument(
     '--pairs', type=timing.positive, help='21, or 3 with --compile'
   )
-  parser.add_argument('--p', type=_power, default=1.2)
+  parser.add_argument('--p', type=_power, help='default: 1.2')
   parser.add_argument(
     '--topology', metavar='NAME',
     help='count for a TPU such as v5e:2x2, compiled ahead of time; no timing',
@@ -297,27 +299,34 @@ def main(argv: list[str] | None = None) -> None:
     help=f'time compilation instead, at p of {transform_compile.POWERS}',
   )  # fmt: skip
   parser.add_argument(
-    '--leaves', type=timing.positive, default=500, help='with --compile'
+    '--leaves', type=timing.positive, help='with --compile; default: 500'
   )
   parser.add_argument('--json', metavar='FILE', help='write the result here')
   options = parser.parse_args(argv)
+  if options.compile and (options.elements or options.p or options.topology):
+    parser.error('--compile goes with --leaves, --pairs and --json alone')
+  if options.leaves and not options.compile:
+    parser.error('--leaves goes with --compile')
+  elements, p = options.elements or 2**24, options.p or 1.2
   if options.json:
     timing.check_writable(parser, options.json)
   show = format_result
   try:
     if options.compile:
-      result = transform_compile.measure(options.leaves, options.pairs or 3)
+      result = transform_compile.measure(
+        options.leaves or 500, options.pairs or 3
+      )
       show = transform_compile.format_result
     elif options.topology is None:
-      result = measure(options.elements, options.pairs or 21, options.p)
+      result = measure(elements, options.pairs or 21, p)
     else:
-      result = count_on_tpu(options.elements, options.p, options.topology)
+      result = count_on_tpu(elements, p, options.topology)
   except UserError as error:
     parser.error(str(error))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    parser.error(f'no memory for --elements {options.elements}')
+    parser.error(f'no memory for --elements {elements}')
   print(show(result))
   if options.json:
     timing.write_json(options.json, result)

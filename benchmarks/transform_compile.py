@@ -113,6 +113,6 @@ def format_result(result: dict[str, Any]) -> str:
     '',
     timing.format_table(header, rows),
     '',
-    "seconds: of processor time. ratio: to the formula's of the same p, AdamW",
-    'behind both.',
+    'seconds: of processor time. ratio: to the time of the formula with the',
+    'same p; AdamW follows both.',
   ))  # fmt: skip

@@ -104,8 +104,8 @@ class Noise(NamedTuple):
       the size at p of a step whose sign does not change. Of one part's
       gradient; see above for how far it is from that, and from a batch's.
     power: The p of greatest u(p), within the grid; 1 where no p is best, since
-      u(p) is within two standard errors of 0 or, as without noise, is the same
-      at all p.
+      u(p) is within two standard errors of 0 or, as without noise, the same at
+      all p (its square to 1e-5).
     power_error: Its standard error; NaN where no p is best.
   """
 
@@ -204,8 +204,9 @@ def _by_name(tree) -> dict[str, jax.Array]:
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
   found: dict[str, jax.Array] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    if found.setdefault(name(path), x := jnp.asarray(x)) is not x:
+    if name(path) in found:
       raise ValueError(f'noise: two parameters have the path {name(path)!r}')
+    found[name(path)] = jnp.asarray(x)
   return found
 
 

@@ -7,6 +7,7 @@ has what a folder says beside weights and shapes.
 """
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -68,6 +69,7 @@ def load(
     OSError: a file cannot be read; the message names it.
   """
   folder = pathlib.Path(folder)
+  config_given = config is not None
   config = config or load_config(folder)
   if mesh is None:
     mesh = _default_mesh()
@@ -76,7 +78,10 @@ def load(
   model = nnx.eval_shape(
     lambda: build(config, rngs=nnx.Rngs(params=0), mesh=mesh)
   )
-  if (folder / 'config.json').exists():  # With `config` it may be missing.
+  if config_given:  # The folder's own may be missing or of something else.
+    with contextlib.suppress(ValueError, OSError):
+      model.facts = load_facts(folder)
+  else:
     model.facts = load_facts(folder)
   graph, abstract = nnx.split(model)
   shapes = nnx.to_pure_dict(abstract)
@@ -120,7 +125,7 @@ def save(
       an index.
 
   Raises:
-    ValueError: the end in `facts` is not in the model's vocabulary.
+    ValueError: a token in `facts` is not in the model's vocabulary.
   """
   folder = pathlib.Path(folder)
   if facts is not None:

@@ -145,7 +145,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     config: A `LlamaConfig` or a `Qwen2MoeConfig`.
 
   Returns:
-    What config.json holds, but for `models.huggingface_facts`.
+    The contents of config.json, without those of `models.huggingface_facts`.
   """
   c = config
   family = 'qwen2' if c.qkv_bias else 'llama'
@@ -164,7 +164,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     **{field.theirs: getattr(c, field.ours) for field in fields},
     _KV_HEADS.theirs: c.kv_heads,
     'head_dim': c.head_dim,
-    # Transformers 5's spelling, and the one that others, and it before, read.
+    # The spelling of transformers 5, then that of transformers 4 and others.
     'rope_parameters': {**rope, 'rope_theta': c.rope_theta},
     'rope_theta': c.rope_theta,
     'rope_scaling': None if c.rope_scaling.factor == 1.0 else rope,
@@ -244,30 +244,34 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _rope(options: _Options) -> tuple[float, dict[str, Any]]:
-  """The rotary embedding's base and scaling.
+  """Returns the rotary embedding's base and scaling.
 
   Since transformers 5 they stand in `rope_parameters`; before, the base stood
   beside a `rope_scaling`. Versions differ in which they take where both are
-  there, so these must say the same.
+  there, so what is stated twice must be equal.
   """
-  beside = 'rope_theta' in options
-  theta = options.take('rope_theta', float, 10000.0)
-  said = [
-    _rope_of(rope, theta)
-    for name in ('rope_scaling', 'rope_parameters')
-    if (rope := options.inner(name))
-  ] or [(theta, {})]
-  if any(x != said[0] for x in said) or (beside and said[0][0] != theta):
+  thetas, scalings = [], []
+  places = [options]
+  for name in ('rope_scaling', 'rope_parameters'):
+    if rope := options.inner(name):
+      places.append(rope)
+  for place in places:
+    if 'rope_theta' in place:
+      thetas.append(place.take('rope_theta', float))
+    if place is not options:
+      scalings.append(_rope_scaling(place))
+  if any(x != thetas[0] for x in thetas) or any(
+    x != scalings[0] for x in scalings
+  ):
     raise ValueError(
-      f'{options.path}: rope_theta, rope_scaling and rope_parameters do not '
-      'say the same: leave in what is right'
+      f'{options.path}: rope_theta, rope_scaling and rope_parameters '
+      'contradict each other: keep the correct one'
     )
-  return said[0]
+  return (thetas or [10000.0])[0], (scalings or [{}])[0]
 
 
-def _rope_of(rope: _Options, theta: float) -> tuple[float, dict[str, Any]]:
-  """The base and scaling in one object; the base may stand beside it."""
-  theta = rope.take('rope_theta', float, theta)
+def _rope_scaling(rope: _Options) -> dict[str, Any]:
+  """Returns the fields of our `RopeScaling` that an object gives."""
   kind = rope.take('rope_type', str, '') or rope.take('type', str, 'default')
   rope.only('type', kind)
   scaling = {}
@@ -281,7 +285,7 @@ def _rope_of(rope: _Options, theta: float) -> tuple[float, dict[str, Any]]:
       "'default' and 'llama3'"
     )
   rope.finish()
-  return theta, scaling
+  return scaling
 
 
 def _refuse_windows(options: _Options, n_layers: int) -> None:

@@ -75,18 +75,20 @@ class Facts:
     return cls(json.dumps(options))
 
   def check(self, vocab_size: int) -> None:
-    """Checks that the end of a text is a token of the vocabulary.
+    """Checks that special tokens are in the vocabulary.
 
     Raises:
-      ValueError: an end is not in the vocabulary.
+      ValueError: one is not.
     """
-    ends = json.loads(self.options).get('eos_token_id')
-    for end in ends if isinstance(ends, list) else [ends]:
-      if end is not None and end not in range(vocab_size):
-        raise ValueError(
-          f'eos_token_id {end!r} is not among the {vocab_size} tokens of the '
-          'model: no text would end'
-        )
+    options = json.loads(self.options)
+    for name in ('eos_token_id', 'bos_token_id', 'pad_token_id'):
+      ids = options.get(name)
+      for token in ids if isinstance(ids, list) else [ids]:
+        if token is not None and token not in range(vocab_size):
+          raise ValueError(
+            f'{name} {token!r} is not among the {vocab_size} tokens of the'
+            ' model'
+          )
 
 
 def read(folder: pathlib.Path) -> Facts:
@@ -98,8 +100,8 @@ def read(folder: pathlib.Path) -> Facts:
   """
   path = folder / 'config.json'
   given = read_json(path)
-  if not isinstance(given, dict):
-    raise ValueError(f'{path} holds no JSON object')
+  if not isinstance(given, dict) or 'model_type' not in given:
+    raise ValueError(f'{path} holds no JSON object with a model_type')
   kept = {k: v for k, v in given.items() if k in HARMLESS - _OURS}
   generation, path = None, folder / GENERATION
   if path.exists():

@@ -115,8 +115,8 @@ def with_options(config: Config, options: argparse.Namespace) -> Config:
   for name in OF_TEXT:
     if made.data.prepared and f'data.{name}' in given:
       raise UserError(
-        f'--data.{name} does not go with --data.prepared, which was made of'
-        ' text already'
+        f'--data.{name} does not go with --data.prepared: `prepare` has read,'
+        ' tokenized and split the text'
       )
   return made
 

@@ -105,7 +105,7 @@ def run(
   kept_programs.keep()
   allocator.keep_memory()
   with distributed.together(distributed.PREPARING):
-    step_dirs.absolute(run_dir)  # Or no checkpoint could be there.
+    step_dirs.absolute(run_dir)  # Refuses a path that cannot hold checkpoints.
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     if watch and watch.noise:

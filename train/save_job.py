@@ -67,7 +67,7 @@ class SaveJob:
     self._begun = time.monotonic()
     self._thread: threading.Thread | None = None
     self._lost: LostError | None = None
-    self._shapes: Any = None  # Of what is saved, and dtypes.
+    self._shapes: Any = None  # Shapes and dtypes of the arrays.
     self._limit = manifest.seconds(size)
     self._talk = Agreement(
       lambda error: step_dirs.explain(error, directory, 'write'), self._limit

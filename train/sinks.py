@@ -132,7 +132,7 @@ class TensorBoard:
       directory.mkdir(parents=True, exist_ok=True)
       # Its names hold whole seconds, and a run may start again within one.
       suffix = f'.{time.time_ns()}'
-      # Of a relative 's3:x' it would take what is before the colon for a store.
+      # It would read a relative 's3:x' as an address in an object store.
       place = str(directory.absolute() / 'events')
       self._writer = files.EventsWriter(place, suffix)
       # Readers drop what an earlier file has of later steps.

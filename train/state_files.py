@@ -107,7 +107,8 @@ def check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
     sizes: Bytes of each file below the directory.
 
   Raises:
-    ValueError: something is missing or another; one line says what.
+    ValueError: an array is missing, incomplete, or of another shape or dtype;
+      one line says which.
   """
   try:
     _check(directory, state, sizes)
@@ -134,7 +135,10 @@ def _check(directory: epath.Path, state: Any, sizes: Mapping[str, int]) -> None:
     if (found := stored.get(path)) is None:
       raise ValueError(f'{name} is missing')
     if x.size and (found.shape, found.dtype) != (x.shape, x.dtype):
-      raise ValueError(f'{name} is {found.dtype}{list(found.shape)}')
+      raise ValueError(
+        f'{name} is {found.dtype}{list(found.shape)}, not'
+        f' {x.dtype}{list(x.shape)}'
+      )
     # A number in the place of one without elements has a shape of ().
     chunk = found.storage.chunk_shape if x.size else ()
     parts = math.prod(map(lambda n, m: -(-n // m), found.shape, chunk))
@@ -207,7 +211,9 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
   registry = types.create_type_handler_registry(
     (int, types.ScalarHandler()), (jax.Array, types.ArrayHandler())
   )
-  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  return ocp.PyTreeCheckpointHandler(
+    use_ocdbt=True, use_zarr3=False, type_handler_registry=registry
+  )  # The format that `check` reads.
 
 
 def _meet(talk: Agreement, key: str) -> None:

@@ -16,7 +16,7 @@ TEMPORARY = '.orbax-checkpoint-tmp'
 """Ends a directory's name on a disk until Orbax has committed it."""
 
 
-# TensorStore, Orbax, epath or gcsfs read these otherwise: a backslash as a
+# TensorStore, Orbax, epath or gcsfs misread these: a backslash as a
 # slash, '.__lock' as their own file, '/gs' as 'gs://', '?' as a path's end.
 _MISREAD = re.compile(
   r'\\|\.__lock(?=/)|gs:(?=/)|^/(gs|s3|az|hf)(?=/)|[\ud800-\udfff]'

@@ -127,6 +127,10 @@ def test_spellings_of_the_rotary_embedding():
   theta = {'rope_theta': 500000.0}
   both = {'rope_parameters': LLAMA3, 'rope_scaling': older, **theta}
   assert understood({**plain, **both}) == config
+  # The base may be stated once, in either place.
+  scaling = without(older, 'rope_theta')
+  once = {'rope_parameters': LLAMA3, 'rope_scaling': scaling}
+  assert understood({**plain, **once}) == config
   for options in (plain, {**plain, 'rope_scaling': None}):
     assert understood(options).rope_theta == 10000.0
     assert understood(options).rope_scaling == RopeScaling()
@@ -194,7 +198,7 @@ def test_spellings_of_the_rotary_embedding():
       r'rope_parameters\.factor must be a number',
     ),
     (BASE, {'rope_theta': 500000.0}, 'rope_theta, rope_scaling and rope_para'),
-    (BASE, {'rope_scaling': LLAMA3}, 'rope_parameters do not say the same'),
+    (BASE, {'rope_scaling': LLAMA3}, 'contradict each other'),
     (
       BASE,
       {'rope_parameters': {'rope_type': 'default', 'type': 'linear'}},

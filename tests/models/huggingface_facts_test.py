@@ -156,6 +156,13 @@ def test_a_broken_generation_config_is_named(content, folder):
   assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize('text', ['{', '[]', '{"anything": 1}'])
+def test_with_a_config_the_folders_own_may_be_of_something_else(text, folder):
+  given = huggingface.load_config(folder)
+  (folder / 'config.json').write_text(text)
+  assert huggingface.load(folder, config=given).facts is None
+
+
 def test_weights_alone_with_a_config(folder):
   config = huggingface.load_config(folder)
   (folder / 'config.json').unlink()

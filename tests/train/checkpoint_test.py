@@ -153,7 +153,8 @@ EVERY = ''.join(chr(i) for i in range(1, 128) if chr(i) not in '/\\')
 @example(['a[', ']', '%2F', '~', '*'])
 @example(['é' * 127, 'x' * 255])
 def test_a_path_can_be_restored_or_is_refused(tmp_path_factory, names):
-  directory = tmp_path_factory.mktemp('run').joinpath(*names)
+  directory = tmp_path_factory.mktemp('run') / 'a/b/c'  # '..' stays below.
+  directory = directory.joinpath(*names)
   try:
     checkpoints = opened(directory)
   except UserError as error:

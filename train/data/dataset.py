@@ -205,6 +205,7 @@ def _from_text(
   parts = text.parts()
   key = [
     stats.FORMAT,
+    'one byte order mark',  # Older versions kept it in JSON lines.
     [part.digest() for part in parts],
     vocabulary if isinstance(vocabulary, int) else vocabulary.digest(),
     dataclasses.astuple(request),

@@ -88,17 +88,16 @@ def check_name(path: str | pathlib.Path, option: str) -> None:
   Raises:
     UserError: the name is not UTF-8, or Python reads names in another encoding.
   """
-  try:
-    os.fspath(path).encode()
-  except UnicodeEncodeError as error:
-    encoding = sys.getfilesystemencoding()
+  name, encoding = os.fspath(path), sys.getfilesystemencoding()
+  # Bytes that the encoding lacks are surrogates, which UTF-8 lacks.
+  if os.fsencode(name) != name.encode('utf-8', 'replace'):
     reason = (
       'the name is not UTF-8: rename it'
       if encoding == 'utf-8'
       else f'names are read as {encoding} here: set PYTHONUTF8=1 in the'
       ' environment, which reads them as UTF-8'
     )
-    raise errors.UserError(f'{option} {path}: {reason}') from error
+    raise errors.UserError(f'{option} {path}: {reason}')
 
 
 @contextlib.contextmanager

@@ -79,7 +79,11 @@ class Prepared:
     except (OSError, KeyError, vocabulary.NotATokenizerError) as error:
       raise self._damaged(path.name, error) from error
     if found.digest() != self.stats.tokenizer_hash:
-      raise self._damaged(path.name, 'it is not the one that made the tokens')
+      raise self._damaged(
+        path.name,
+        'it is not the one that made the tokens, or an older version of this'
+        ' program gave other ids to unknown text',
+      )
     return found
 
   def windows(self, split: str) -> 'Windows':

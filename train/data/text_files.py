@@ -1,6 +1,5 @@
 """The user's own files: text, JSON lines and Parquet, also compressed."""
 
-import contextlib
 import functools
 import glob
 import heapq
@@ -21,16 +20,17 @@ OPTIONS = ('--files', '--text-field')
 
 _logger = logging.getLogger('train.data')
 
-# '**' as a whole name, or several in a row, which match no more.
+# One or more '**' components; several in a row match what one does.
 _DEEP = re.compile(r'(?<![^/])(?:\*\*/+)*\*\*(?:/+|$)')
 
 
 def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   """Returns the files that a glob matches, sorted by path.
 
-  A file with several names, by symbolic links, is taken once: by the name with
-  the fewest links in it, and then the first. Pipes, sockets and devices are
-  left out. A warning says how many names were left out.
+  A file with several names, by symbolic links, is taken once: by a name with a
+  suffix that is read, then the fewest links in it, then the first in order.
+  Pipes, sockets and devices are left out. A warning says how many names were
+  left out.
 
   Args:
     pattern: A glob; '**' matches any number of directories, '~' is the home.
@@ -41,15 +41,21 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   """
   pattern = os.path.expanduser(pattern)
   again: set[str] = set()
-  matches = set(_matches(pattern, again))
+  closed: set[str] = set()
+  matches = set(_matches(pattern, again, closed))
   others = {m for m in matches if not os.path.isfile(m) and os.path.exists(m)}
   folders = {name for name in others if os.path.isdir(name)}
   files: dict[str, str] = {}
-  for _, name, real in sorted(_places(matches - others)):
+  names = sorted(
+    (_kind(pathlib.Path(name)) is None, links, name, real)
+    for links, name, real in _places(matches - others)
+  )
+  for _, _, name, real in names:
     if files.setdefault(real, name) != name:
       again.add(name)
-  _warn(option, 'links to what has another name', again)
+  _warn(option, 'other names of what is read already', again)
   _warn(option, 'pipes, sockets or devices', others - folders)
+  _warn(option, 'folders that cannot be read', closed)
   paths = sorted(map(pathlib.Path, files.values()))
   if not paths:
     raise errors.UserError(
@@ -65,12 +71,13 @@ def find(pattern: str, option: str = OPTIONS[0]) -> list[pathlib.Path]:
   return paths
 
 
-def _matches(pattern: str, again: set[str]) -> Iterator[str]:
+def _matches(pattern: str, again: set[str], closed: set[str]) -> Iterator[str]:
   """Yields what `glob.glob` matches, without following loops of links.
 
   Args:
     pattern: The glob.
     again: A set that the links which '**' does not follow are added to.
+    closed: A set that folders which cannot be read are added to.
   """
   deep = _DEEP.search(pattern)
   if not deep:
@@ -79,18 +86,21 @@ def _matches(pattern: str, again: set[str]) -> Iterator[str]:
   above = pattern[: deep.start()]
   below = pattern[deep.end() :] if deep[0].endswith('/') else '*'
   for top in glob.glob(above) if above else ['']:
-    for folder in _folders(top, again):
-      yield from _matches(os.path.join(glob.escape(folder), below), again)
+    for folder in _folders(top, again, closed):
+      inner = os.path.join(glob.escape(folder), below)
+      yield from _matches(inner, again, closed)
 
 
-def _folders(top: str, again: set[str]) -> Iterator[str]:
+def _folders(top: str, again: set[str], closed: set[str]) -> Iterator[str]:
   """Yields a folder and all below it, each once, by the fewest links.
 
   Args:
     top: The folder.
-    again: A set that links to folders which were seen before are added to.
+    again: A set that links to folders which were seen before, or to one above
+      the top, are added to.
+    closed: A set that folders which cannot be read are added to.
   """
-  seen = set()
+  seen = set(map(str, pathlib.Path(os.path.realpath(top)).parents))
   heap = [(0, top)]
   while heap:
     links, folder = heapq.heappop(heap)
@@ -100,13 +110,18 @@ def _folders(top: str, again: set[str]) -> Iterator[str]:
       continue
     seen.add(real)
     yield folder
-    with contextlib.suppress(OSError), os.scandir(folder or '.') as entries:
-      for entry in entries:
-        path = os.path.join(folder, entry.name)
-        link = entry.is_symlink()
-        is_folder = os.path.isdir(path) if link else entry.is_dir()
-        if is_folder and not entry.name.startswith('.'):
-          heapq.heappush(heap, (links + link, path))
+    try:
+      with os.scandir(folder or '.') as entries:
+        for entry in entries:
+          path = os.path.join(folder, entry.name)
+          link = entry.is_symlink()
+          is_folder = os.path.isdir(path) if link else entry.is_dir()
+          if is_folder and not entry.name.startswith('.'):
+            heapq.heappush(heap, (links + link, path))
+    except NotADirectoryError:
+      continue
+    except OSError:
+      closed.add(folder)
 
 
 def _places(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
@@ -139,7 +154,7 @@ def _hint(pattern: str, is_folder: bool) -> str:
   if is_folder:
     return f"; for all below it, give '{pattern}/**/*.txt'"
   literal = pattern.replace('[', '[[]')
-  if literal != pattern and any(_matches(literal, set())):
+  if literal != pattern and any(_matches(literal, set(), set())):
     return f"; a name with brackets is written '{literal}'"
   return ''
 

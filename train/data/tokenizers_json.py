@@ -93,8 +93,13 @@ class TokenizersJson:
     return size if self._trained_here else vocabulary.padded(size)
 
   def digest(self) -> str:
-    """Returns a hash of kind and content."""
-    return vocabulary.digest(self.file_name, self.content)
+    """Returns a hash of kind and content.
+
+    Older versions wrote another hash where the unknown token is special, since
+    they gave unknown text other ids.
+    """
+    revision = '#2' if self._unknown in self._special else ''
+    return vocabulary.digest(self.file_name + revision, self.content)
 
   def known(self) -> np.ndarray:
     """Marks the ids that texts are made of, and their end; bool."""
@@ -145,7 +150,7 @@ def _hide_special_tokens(file: dict[str, Any]) -> dict[str, str]:
     The new names by the old ones.
   """
   names = {
-    token['content']: f'\uffff{token["content"]}\uffff'
+    token['content']: f'\0{token["content"]}\0'  # No document has a NUL.
     for token in file.setdefault('added_tokens', [])
     if token['special'] and not _ONLY_SPELLING.fullmatch(token['content'])
   }

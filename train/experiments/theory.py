@@ -98,7 +98,7 @@ def moments(
 def _checked(
   name: str, value: ArrayLike, rank: int | None = None, or_zero: bool = False
 ) -> np.ndarray:
-  """As float64; of any rank where none is named."""
+  """Returns a value as float64; checks its rank where one is given."""
   try:
     x = np.asarray(value, np.float64)
   except (TypeError, ValueError):
@@ -170,7 +170,7 @@ def best_power(
   Raises:
     ValueError: as :func:`long_time_ratio`; or low is not below high.
   """
-  if not low < high:
+  if not low < high < np.inf:
     raise ValueError(f'theory: no powers lie between {low} and {high}')
   at, ends = _checked('noise', noise, 0), (low, high)
   for _ in range(3):
@@ -228,13 +228,13 @@ def simulate(
   """Runs Adam's averages on Example 4.1, for all powers and noises at once.
 
   Noise is uniform, b1 = 0.9, b2 = 0.95 and eps = 1e-8. Powers and noises share
-  their draws. All is in units of the gradients' size, so that float32 holds it.
+  their draws. Values are in units of the gradients' size, to fit in float32.
 
   Args:
-    key: Of the gradients' draws.
+    key: For the random gradients.
     powers: P powers, positive.
     noises: N noises over the mean, positive.
-    mean: Of the gradients, positive.
+    mean: The gradients' mean, positive.
     steps: A multiple of 10,000: the paper's Fig. 7 reads step 1,000,000.
 
   Returns:
@@ -254,7 +254,7 @@ def simulate(
   at = np.arange(_CHUNK)
 
   def average(decay):
-    """Of a chunk: as a product with a triangle, and what is left of before."""
+    """Averages a chunk: a triangular product, plus the decayed earlier one."""
     triangle = np.tril((1 - decay) * decay ** np.abs(at[:, None] - at))
     left_C1 = decay ** (at[:, None] + 1.0)
 
@@ -287,9 +287,11 @@ def simulate(
 
 
 def _count(name: str, value: int, unit: int = 1) -> None:
-  if type(value) is not int or value < 1 or value % unit:
+  multiple = f'multiple of {unit:,}' if unit > 1 else 'whole number'
+  whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  if not whole or value < 1 or value % unit:
     raise ValueError(
-      f'theory: {name} must be a positive multiple of {unit:,}, not {value}'
+      f'theory: {name} must be a positive {multiple}, not {value}'
     )
 
 
@@ -355,7 +357,8 @@ def adagrad_power_gaps(
     ValueError: one of them is out of its range.
   """
   power_P = jnp.float32(_checked('powers', powers, 1))
-  _checked('exponent - 1', exponent - 1, 0, or_zero=True)
+  if not 1 <= exponent < np.inf:
+    raise ValueError(f'theory: exponent must be at least 1, not {exponent}')
   _checked('relative_noise', relative_noise, 0, or_zero=True)
   _checked('noise', noise, 0, or_zero=True)
   _count('steps', steps)

@@ -80,7 +80,7 @@ def test_a_file_of_several_names_is_read_once(tmp_path, caplog):
   (tmp_path / 'a.txt').symlink_to('v1/b/c.txt')
   assert names(tmp_path / '**/*.txt', tmp_path) == wanted
   assert caplog.messages == [
-    '--files: left out, as links to what has another name:'
+    '--files: left out, as other names of what is read already:'
     f' {tmp_path}/a.txt and 1 more'
   ]
   assert names(tmp_path / '*/*.txt', tmp_path) == ['v1/a.txt', 'v3/a.txt']
@@ -102,6 +102,24 @@ def test_loops_of_links_end(tmp_path, targets):
   assert names(tmp_path / '**' / '*.txt', tmp_path) == wanted
   assert names(tmp_path / '**/b/**' / '*.txt', tmp_path) == wanted
   assert len(names(tmp_path / 'a/l*/**/*.txt', tmp_path)) == 10
+
+
+def test_a_link_to_a_folder_above_leads_no_further(tmp_path):
+  (tmp_path / 'in/below').mkdir(parents=True)
+  (tmp_path / 'in/below/a.txt').write_text('a')
+  (tmp_path / 'out.txt').write_text('elsewhere')
+  for target in ('..', '../..', str(tmp_path)):
+    link = tmp_path / 'in/below/up'
+    link.symlink_to(target)
+    assert names(tmp_path / 'in/**/*.txt', tmp_path) == ['in/below/a.txt']
+    link.unlink()
+
+
+def test_a_name_with_a_suffix_that_is_read_comes_first(tmp_path):
+  (tmp_path / 'blob').write_text('a')
+  (tmp_path / 'b').mkdir()
+  (tmp_path / 'b/a.txt').symlink_to('../blob')
+  assert names(tmp_path / '**/*', tmp_path) == ['b/a.txt']
 
 
 def test_a_hub_cache_is_read_by_the_names_of_its_links(tmp_path):

@@ -219,7 +219,7 @@ def test_says_what_is_wrong():
     )
   ]
   cases += [
-    (call, 'positive multiple of')
+    (call, 'must be a positive')
     for x in (0, -1, 10_001.0, NAN, True)
     for call in (
       lambda x=x: theory.simulate(key, [1], [1], steps=x),
@@ -229,7 +229,7 @@ def test_says_what_is_wrong():
   ]
   cases += [
     (lambda of={name: x}: theory.adagrad_power_gaps(key, [1], **of),
-     'must be at least 0 and finite')
+     f'must be at least {int(name == "exponent")}')
     for name in ('exponent', 'relative_noise', 'noise')
     for x in (-1, NAN, INF)
   ]  # fmt: skip

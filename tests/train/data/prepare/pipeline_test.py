@@ -256,11 +256,6 @@ def test_a_file_is_no_directory(tmp_path):
     make(file / 'out')
 
 
-def test_a_name_that_records_cannot_have(tmp_path):
-  with pytest.raises(errors.UserError, match=r'^--out .*: the name is not UTF'):
-    make(tmp_path / 'gr\udcf6')
-
-
 def test_a_directory_that_cannot_be_written():
   with pytest.raises(errors.UserError, match=r'^cannot write /proc/out: '):
     make(pathlib.Path('/proc/out'))
