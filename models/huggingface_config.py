@@ -250,19 +250,15 @@ def _rope(options: _Options) -> tuple[float, dict[str, Any]]:
   beside a `rope_scaling`. Versions differ in which they take where both are
   there, so what is stated twice must be equal.
   """
-  thetas, scalings = [], []
-  places = [options]
-  for name in ('rope_scaling', 'rope_parameters'):
-    if rope := options.inner(name):
-      places.append(rope)
-  for place in places:
-    if 'rope_theta' in place:
-      thetas.append(place.take('rope_theta', float))
-    if place is not options:
-      scalings.append(_rope_scaling(place))
-  if any(x != thetas[0] for x in thetas) or any(
-    x != scalings[0] for x in scalings
-  ):
+  inner = map(options.inner, ('rope_scaling', 'rope_parameters'))
+  ropes = [rope for rope in inner if rope]
+  thetas = [
+    place.take('rope_theta', float)
+    for place in (options, *ropes)
+    if 'rope_theta' in place
+  ]
+  scalings = [_rope_scaling(rope) for rope in ropes]
+  if any(x != said[0] for said in (thetas, scalings) for x in said):
     raise ValueError(
       f'{options.path}: rope_theta, rope_scaling and rope_parameters '
       'contradict each other: keep the correct one'

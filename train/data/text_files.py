@@ -119,7 +119,7 @@ def _folders(top: str, again: set[str], closed: set[str]) -> Iterator[str]:
           if is_folder and not entry.name.startswith('.'):
             heapq.heappush(heap, (links + link, path))
     except NotADirectoryError:
-      continue
+      pass
     except OSError:
       closed.add(folder)
 

@@ -91,8 +91,8 @@ def key(config: dict[str, Any], source_hash: str) -> str:
   Returns:
     16 hexadecimal digits.
   """
-  default = config_lib.defaults(config['model']['family'])
-  own = _keyed(config_lib.with_defaults(config), default)
+  config = config_lib.with_defaults(config)
+  own = _keyed(config, config_lib.defaults(config['model']['family']))
   text = json.dumps([own, source_hash], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
